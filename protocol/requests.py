@@ -1,0 +1,214 @@
+"""What a host asks of the agent: one class per method, fields in the order of the wire.
+
+Used qualified (``requests.Run``), since answers and the workload protocol share names.
+"""
+
+import attrs
+
+from protocol.fields import OMITTED, length_only, names_only, without_credentials
+from protocol.values import U16, U32, U64, EnvVar, Mount, RegistryAuth
+
+
+@attrs.frozen
+class Ping:
+    """Answered by ``pong``."""
+
+
+@attrs.frozen
+class Pull:
+    """Fetch an image; ``proxy`` and ``no_proxy`` as the environment variables of those names."""
+
+    image: str
+    oci_platform: str | None = None
+    auth: RegistryAuth | None = attrs.field(default=None, metadata=OMITTED)
+    proxy: str | None = attrs.field(default=None, metadata=OMITTED, repr=without_credentials)
+    no_proxy: str | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class Query:
+    """The stored image of this reference."""
+
+    image: str
+
+
+@attrs.frozen
+class ListImages:
+    """All stored images."""
+
+
+@attrs.frozen
+class GarbageCollect:
+    """Remove what nothing refers to; ``purge_all`` forgets all images first."""
+
+    dry_run: bool
+    purge_all: bool = False
+
+
+@attrs.frozen
+class PrepareOverlay:
+    """Mount a workload's overlay, made from the image if it is new."""
+
+    image: str
+    workload_id: str
+
+
+@attrs.frozen
+class CleanupOverlay:
+    """Unmount and remove a workload's overlay."""
+
+    workload_id: str
+
+
+@attrs.frozen
+class FormatStorage:
+    """Make the storage usable where it is empty."""
+
+
+@attrs.frozen
+class StorageStatus:
+    """How full the storage is."""
+
+
+@attrs.frozen
+class NetworkTest:
+    """Try name resolution, TCP and HTTP to a URL."""
+
+    url: str = attrs.field(repr=without_credentials)
+
+
+@attrs.frozen
+class Shutdown:
+    """Stop everything, sync, answer, power off."""
+
+
+@attrs.frozen
+class ExportLayer:
+    """A layer's uncompressed tar; ``image_digest`` is the config digest, index 0 the bottom."""
+
+    image_digest: str
+    layer_index: U64
+
+
+@attrs.frozen
+class VmExec:
+    """Run a command in the VM itself, as root."""
+
+    command: tuple[str, ...]
+    env: tuple[EnvVar, ...] = attrs.field(default=(), repr=names_only)
+    workdir: str | None = None
+    timeout_ms: U64 | None = None
+    interactive: bool = False
+    tty: bool = False
+    background: bool = False
+    stdin_data: str | None = attrs.field(default=None, metadata=OMITTED, repr=length_only)
+
+
+@attrs.frozen
+class Run:
+    """Run a command in a container of the image.
+
+    ``remote_volume_mount`` is a shell script, ``unprivileged=False`` lifts docker's limits.
+    """
+
+    image: str
+    command: tuple[str, ...]
+    env: tuple[EnvVar, ...] = attrs.field(default=(), repr=names_only)
+    workdir: str | None = None
+    user: str | None = attrs.field(default=None, metadata=OMITTED)
+    mounts: tuple[Mount, ...] = ()
+    timeout_ms: U64 | None = None
+    interactive: bool = False
+    tty: bool = False
+    detached: bool = False
+    persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
+    background: bool = False
+    stdin_data: str | None = attrs.field(default=None, metadata=OMITTED, repr=length_only)
+    # A script that mounts remote volumes carries their keys.
+    remote_volume_mount: str | None = attrs.field(default=None, metadata=OMITTED, repr=length_only)
+    unprivileged: bool = attrs.field(default=True, metadata=OMITTED)
+
+
+@attrs.frozen
+class Stdin:
+    """Input for the running session, no answer; empty data is the end of input."""
+
+    data: bytes = attrs.field(repr=length_only)
+
+
+@attrs.frozen
+class Resize:
+    """The session's terminal has a new size, no answer."""
+
+    cols: U16
+    rows: U16
+
+
+@attrs.frozen
+class FileWrite:
+    """A whole small file; ``mode`` are permission bits."""
+
+    path: str
+    data: bytes = attrs.field(repr=length_only)
+    mode: U32 | None = None
+    uid: U32 | None = attrs.field(default=None, metadata=OMITTED)
+    gid: U32 | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class FileWriteBegin:
+    """The start of a streamed upload of ``total_size`` bytes."""
+
+    path: str
+    mode: U32 | None = attrs.field(default=None, kw_only=True)
+    total_size: U64
+    uid: U32 | None = attrs.field(default=None, metadata=OMITTED)
+    gid: U32 | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class FileWriteChunk:
+    """The next bytes of the upload; ``done`` with the last."""
+
+    data: bytes = attrs.field(repr=length_only)
+    done: bool
+
+
+@attrs.frozen
+class FileRead:
+    """A regular file's contents, as data chunks."""
+
+    path: str
+
+
+@attrs.frozen
+class FlattenLayers:
+    """Merge directories by overlay rules, topmost first, into the directory ``output``."""
+
+    lowerdirs: tuple[str, ...]
+    output: str
+
+
+AgentRequest = (
+    Ping
+    | Pull
+    | Query
+    | ListImages
+    | GarbageCollect
+    | PrepareOverlay
+    | CleanupOverlay
+    | FormatStorage
+    | StorageStatus
+    | NetworkTest
+    | Shutdown
+    | ExportLayer
+    | VmExec
+    | Run
+    | Stdin
+    | Resize
+    | FileWrite
+    | FileWriteBegin
+    | FileWriteChunk
+    | FileRead
+    | FlattenLayers
+)

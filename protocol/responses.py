@@ -1,0 +1,92 @@
+"""What the agent answers: one class per status, fields in the order of the wire.
+
+Used qualified (``responses.Ok``), since requests and the workload protocol share names.
+"""
+
+import attrs
+
+from protocol.fields import OMITTED, length_only, printable
+from protocol.values import I32, U8, U32
+
+
+@attrs.frozen
+class Ok:
+    """Done. ``data`` is any JSON value, and may hold values such as ImageInfo when sent."""
+
+    data: object = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class Pong:
+    """The agent is there; ``capabilities`` name what it can do beyond protocol version 1."""
+
+    version: U32
+    capabilities: tuple[str, ...] = attrs.field(default=(), metadata=OMITTED)
+
+
+@attrs.frozen
+class Progress:
+    """How far a pull is; ``layer`` is the digest's hex."""
+
+    message: str = attrs.field(converter=printable)
+    percent: U8 | None = attrs.field(default=None, metadata=OMITTED)
+    layer: str | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class Error:
+    """The request failed; ``code`` is an ErrorCode, or one that only a newer agent knows."""
+
+    message: str = attrs.field(converter=printable)
+    code: str | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class Completed:
+    """A plain command's end; a truncated stream holds its head only."""
+
+    exit_code: I32
+    stdout: bytes = attrs.field(repr=length_only)
+    stderr: bytes = attrs.field(repr=length_only)
+    stdout_truncated: bool = attrs.field(default=False, metadata=OMITTED)
+    stderr_truncated: bool = attrs.field(default=False, metadata=OMITTED)
+
+
+@attrs.frozen
+class Started:
+    """An interactive command runs."""
+
+
+@attrs.frozen
+class Stdout:
+    """Output of an interactive command."""
+
+    data: bytes = attrs.field(repr=length_only)
+
+
+@attrs.frozen
+class Stderr:
+    """Error output of an interactive command."""
+
+    data: bytes = attrs.field(repr=length_only)
+
+
+@attrs.frozen
+class Exited:
+    """An interactive command's end; ``oom``: the kernel killed it for memory."""
+
+    exit_code: I32
+    oom: bool | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class DataChunk:
+    """The next bytes of a file or layer; the last chunk is empty and ``done``."""
+
+    data: bytes = attrs.field(repr=length_only)
+    done: bool
+
+
+AgentResponse = (
+    Ok | Pong | Progress | Error | Completed | Started | Stdout | Stderr | Exited | DataChunk
+)

@@ -1,0 +1,89 @@
+"""Values that messages are made of, and the integers' ranges on the wire."""
+
+from typing import Annotated, Final
+
+import attrs
+
+from protocol.fields import assignments_hidden, hidden
+
+
+@attrs.frozen
+class IntRange:
+    """An integer type of the wire; ``words`` name it in error messages."""
+
+    lowest: int
+    highest: int
+    words: str
+
+
+U8 = Annotated[int, IntRange(0, 2**8 - 1, "an unsigned 8-bit integer")]
+U16 = Annotated[int, IntRange(0, 2**16 - 1, "an unsigned 16-bit integer")]
+U32 = Annotated[int, IntRange(0, 2**32 - 1, "an unsigned 32-bit integer")]
+U64 = Annotated[int, IntRange(0, 2**64 - 1, "an unsigned 64-bit integer")]
+I32 = Annotated[int, IntRange(-(2**31), 2**31 - 1, "a signed 32-bit integer")]
+
+U32_MAX: Final = 2**32 - 1
+U64_MAX: Final = 2**64 - 1
+
+EnvVar = tuple[str, str]
+"""Name and value of an environment variable; messages show only names in their repr."""
+
+
+@attrs.frozen
+class RegistryAuth:
+    """Credentials for one registry."""
+
+    username: str
+    password: str = attrs.field(repr=hidden)
+
+
+@attrs.frozen
+class Mount:
+    """A virtiofs share in a container; an array of three on the wire."""
+
+    tag: str
+    path: str
+    read_only: bool
+
+
+@attrs.frozen
+class ImageInfo:
+    """An image in the store.
+
+    ``digest`` is the config digest, ``size`` the bytes of the uncompressed layer tars,
+    ``layers`` the manifest's layer digests, bottom first, ``env`` ``NAME=value`` strings.
+    """
+
+    reference: str
+    digest: str
+    size: U64
+    created: str | None = attrs.field(default=None, kw_only=True)
+    architecture: str
+    os: str
+    layer_count: U64
+    layers: tuple[str, ...]
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: tuple[str, ...] = attrs.field(default=(), repr=assignments_hidden)
+    workdir: str | None = None
+    user: str | None = None
+
+
+@attrs.frozen
+class OverlayInfo:
+    """Where a prepared overlay is, as absolute paths in the VM."""
+
+    rootfs_path: str
+    upper_path: str
+    work_path: str
+
+
+@attrs.frozen
+class StorageStatus:
+    """The storage; ``ready`` means mounted and usable."""
+
+    ready: bool
+    total_bytes: U64
+    used_bytes: U64
+    layer_count: U64
+    image_count: U64
