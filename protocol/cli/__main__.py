@@ -1,0 +1,5 @@
+"""``python -m protocol.cli``."""
+
+from protocol.cli import main
+
+main()

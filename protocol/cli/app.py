@@ -1,0 +1,241 @@
+"""The commands of ``innkeep`` and their options."""
+
+import os
+import sys
+from typing import Annotated, Final
+
+import trio
+import typer
+from rich.filesize import decimal
+
+from protocol import decode_value, requests, responses
+from protocol.cli import execution, output
+from protocol.cli.arguments import CommandAfterImage, CommandAfterOptions
+from protocol.cli.connection import AGENT_ERRORS, CommandFailed, Settings, converse, settings_of
+from protocol.cli.execution import PullPolicy
+from protocol.cli.pull import pull
+from protocol.client import AgentClient
+from protocol.values import ImageInfo, StorageStatus
+
+_FAILED: Final = 1
+_INTERRUPTED: Final = 130
+
+app = typer.Typer(
+    name="innkeep",
+    help="Talk to the agent inside a microVM.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An image reference, as in docker.")]
+Command = Annotated[
+    list[str], typer.Argument(metavar="COMMAND", help="The command and its arguments.")
+]
+ImageCommand = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="COMMAND", help="The command; without one, the image's own."),
+]
+PlatformOption = Annotated[
+    str | None,
+    typer.Option("--platform", metavar="OS/ARCH[/VARIANT]", help="Default: the VM's own."),
+]
+EnvOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-e",
+        "--env",
+        metavar="NAME[=VALUE]",
+        help="Set a variable; without a value, take it from here.",
+    ),
+]
+WorkdirOption = Annotated[
+    str | None, typer.Option("-w", "--workdir", metavar="DIR", help="Run in this directory.")
+]
+UserOption = Annotated[
+    str | None,
+    typer.Option("-u", "--user", metavar="USER[:GROUP]", help="Run as this user."),
+]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout", metavar="SECONDS", min=0, help="Kill it after this time, exit code 124."
+    ),
+]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    connect: Annotated[
+        str | None,
+        typer.Option(
+            "--connect",
+            metavar="ADDRESS",
+            envvar="INNKEEP_CONNECT",
+            help="The agent: unix:PATH, vsock:CID:PORT or mux:PATH:PORT.",
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the agent's answers as JSON.")
+    ] = False,
+) -> None:
+    """Talk to the agent inside a microVM."""
+    context.obj = Settings(address=connect, json=json)
+
+
+@app.command()
+def ping(context: typer.Context) -> None:
+    """Ask whether the agent is there."""
+    settings = settings_of(context)
+
+    async def conversation(client: AgentClient) -> tuple[responses.Pong, float]:
+        start = trio.current_time()
+        pong = await client.ask(requests.Ping(), responses.Pong)
+        return pong, trio.current_time() - start
+
+    pong, seconds = converse(settings, conversation)
+    if settings.json:
+        output.print_json(pong)
+        return
+    capabilities = "".join(f", {capability}" for capability in pong.capabilities)
+    print(f"pong: protocol version {pong.version}, {seconds * 1000:.1f} ms{capabilities}")
+
+
+@app.command(name="pull")
+def pull_image(context: typer.Context, image: Image, platform: PlatformOption = None) -> None:
+    """Fetch an image into the VM's store."""
+    settings = settings_of(context)
+    answer = converse(settings, lambda client: pull(client, image, platform))
+    if settings.json:
+        output.print_json(answer)
+        return
+    info = decode_value(answer.data, ImageInfo)
+    print(f"{info.reference} {info.digest}")
+
+
+@app.command()
+def images(context: typer.Context) -> None:
+    """List the images in the VM's store."""
+    settings = settings_of(context)
+    answer = _ask(settings, requests.ListImages())
+    if settings.json:
+        output.print_json(answer)
+        return
+    output.print_images(decode_value(answer.data, tuple[ImageInfo, ...]))
+
+
+@app.command()
+def query(context: typer.Context, image: Image) -> None:
+    """Describe an image of the VM's store."""
+    settings = settings_of(context)
+    answer = _ask(settings, requests.Query(image))
+    if settings.json:
+        output.print_json(answer)
+        return
+    output.print_image(decode_value(answer.data, ImageInfo))
+
+
+@app.command()
+def status(context: typer.Context) -> None:
+    """Show the state of the VM's storage."""
+    settings = settings_of(context)
+    answer = _ask(settings, requests.StorageStatus())
+    if settings.json:
+        output.print_json(answer)
+        return
+    storage = decode_value(answer.data, StorageStatus)
+    output.print_values(
+        {
+            "ready": "yes" if storage.ready else "no",
+            "used": f"{decimal(storage.used_bytes)} of {decimal(storage.total_bytes)}",
+            "images": str(storage.image_count),
+            "layers": str(storage.layer_count),
+        }
+    )
+
+
+@app.command()
+def shutdown(context: typer.Context) -> None:
+    """Stop everything in the VM and power it off."""
+    settings = settings_of(context)
+    answer = _ask(settings, requests.Shutdown())
+    if settings.json:
+        output.print_json(answer)
+
+
+@app.command(name="run", cls=CommandAfterImage)
+def run_command(
+    context: typer.Context,
+    image: Image,
+    command: ImageCommand = None,
+    env: EnvOption = None,
+    workdir: WorkdirOption = None,
+    user: UserOption = None,
+    timeout: TimeoutOption = None,
+    platform: PlatformOption = None,
+    pull: Annotated[PullPolicy, typer.Option("--pull", help="When to pull the image.")] = (
+        PullPolicy.MISSING
+    ),
+) -> int:
+    """Run a command in a container of an image; exits with its exit code.
+
+    Options end where the command starts, or at --.
+    """
+    request = requests.Run(
+        image=image,
+        command=tuple(command or ()),
+        env=execution.environment(env or ()),
+        workdir=workdir,
+        user=user,
+        timeout_ms=execution.milliseconds(timeout),
+    )
+    return execution.run(settings_of(context), request, platform, pull)
+
+
+@app.command(name="exec", cls=CommandAfterOptions)
+def exec_command(
+    context: typer.Context,
+    command: Command,
+    env: EnvOption = None,
+    workdir: WorkdirOption = None,
+    timeout: TimeoutOption = None,
+) -> int:
+    """Run a command in the VM itself, as root; exits with its exit code.
+
+    Options end where the command starts, or at --.
+    """
+    request = requests.VmExec(
+        command=tuple(command),
+        env=execution.environment(env or ()),
+        workdir=workdir,
+        timeout_ms=execution.milliseconds(timeout),
+    )
+    return execution.execute(settings_of(context), request)
+
+
+def _ask(settings: Settings, request: requests.AgentRequest) -> responses.Ok:
+    return converse(settings, lambda client: client.ask(request, responses.Ok))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line; the exit code to end with. Says what failed in one line on stderr."""
+    try:
+        code = app(arguments, prog_name="innkeep", standalone_mode=False)
+        sys.stdout.flush()
+    except CommandFailed as error:
+        output.print_error(str(error))
+        return error.exit_code
+    except AGENT_ERRORS as error:
+        output.print_error(str(error))
+        return _FAILED
+    except typer.TyperException as error:
+        output.print_error(f"{error.format_message()} (see innkeep --help)")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes once more on its way out, and must not find the pipe. This is
+        # for what is still buffered; typer does the same for what the command itself wrote.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,74 @@
+"""One conversation with the agent a command line is about, and what to say when it fails."""
+
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+import attrs
+import trio
+import typer
+
+from protocol.address import InvalidAddress
+from protocol.client import AgentClient, AgentRefused, ConnectionFailed, connect
+from protocol.errors import ProtocolError
+
+Result = TypeVar("Result")
+
+_CONNECT_TIMEOUT_S: Final = 10
+
+_USAGE: Final = 2
+
+AGENT_ERRORS: Final = (AgentRefused, ConnectionFailed, ProtocolError)
+"""What a conversation may end in."""
+
+
+class CommandFailed(Exception):
+    """The command ends with this line on stderr and this exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@attrs.frozen
+class Settings:
+    """What was given before the command."""
+
+    address: str | None
+    json: bool
+
+
+def settings_of(context: typer.Context) -> Settings:
+    """The settings that the application's callback left for its commands."""
+    settings = context.obj
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def converse(
+    settings: Settings, conversation: Callable[[AgentClient], Awaitable[Result]]
+) -> Result:
+    """Connect, have the conversation, hang up.
+
+    Raises one of AGENT_ERRORS, or CommandFailed without an address to connect to.
+    """
+    address = settings.address
+    if not address:
+        raise CommandFailed(
+            "no agent given: use --connect ADDRESS or set INNKEEP_CONNECT "
+            "(unix:PATH, vsock:CID:PORT or mux:PATH:PORT)",
+            _USAGE,
+        )
+
+    async def whole() -> Result:
+        try:
+            with trio.fail_after(_CONNECT_TIMEOUT_S):
+                client = await connect(address)
+        except trio.TooSlowError:
+            cause = f"no answer within {_CONNECT_TIMEOUT_S} s"
+            raise ConnectionFailed(f"cannot connect to {address}: {cause}") from None
+        except InvalidAddress as error:
+            raise CommandFailed(str(error), _USAGE) from error
+        async with client:
+            return await conversation(client)
+
+    return trio.run(whole)

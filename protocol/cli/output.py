@@ -1,0 +1,86 @@
+"""What commands print: values for people, or the agent's own JSON."""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from protocol import encode, responses
+from protocol.values import ImageInfo
+
+_SHOWN_DIGEST = 12
+_WIDE = 10_000
+
+
+def print_json(answer: responses.AgentResponse) -> None:
+    """What the agent answered: the data of an ``ok``, any other answer as on the wire."""
+    if isinstance(answer, responses.Ok):
+        print(json.dumps(answer.data, ensure_ascii=False))
+    else:
+        print(encode(answer).decode())
+
+
+def print_error(message: str) -> None:
+    """One line on stderr, whatever the message holds."""
+    line = "".join(c if c.isprintable() else " " for c in message.strip())
+    print(f"innkeep: {line}", file=sys.stderr)
+
+
+def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Aligned columns; in a pipe nothing is wrapped or cut."""
+    table = Table(*headings, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    # Not the width of a terminal that is not there: columns would be cut at 80 characters.
+    width = None if sys.stdout.isatty() else _WIDE
+    Console(width=width, markup=False, highlight=False).print(table)
+
+
+def print_values(values: Mapping[str, str]) -> None:
+    """One ``name: value`` a line, aligned."""
+    widest = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name + ':':<{widest + 1}} {value}")
+
+
+def print_images(images: Iterable[ImageInfo]) -> None:
+    """The table of ``innkeep images``."""
+    print_table(
+        ("IMAGE", "DIGEST", "PLATFORM", "LAYERS", "SIZE"),
+        (
+            (
+                image.reference,
+                short_digest(image.digest),
+                f"{image.os}/{image.architecture}",
+                str(image.layer_count),
+                decimal(image.size),
+            )
+            for image in images
+        ),
+    )
+
+
+def print_image(image: ImageInfo) -> None:
+    """The description of ``innkeep query``."""
+    values = {
+        "reference": image.reference,
+        "digest": image.digest,
+        "created": image.created,
+        "platform": f"{image.os}/{image.architecture}",
+        "size": decimal(image.size),
+        "layers": ", ".join(map(short_digest, image.layers)),
+        "entrypoint": " ".join(image.entrypoint),
+        "command": " ".join(image.cmd),
+        "environment": " ".join(image.env),
+        "workdir": image.workdir,
+        "user": image.user,
+    }
+    print_values({name: value for name, value in values.items() if value})
+
+
+def short_digest(digest: str) -> str:
+    """Enough of a digest's hex to tell it from others."""
+    return digest.rpartition(":")[2][:_SHOWN_DIGEST]
