@@ -1,0 +1,1 @@
+"""innkeep's guest agent: looks after a microVM from the inside."""

@@ -1,0 +1,100 @@
+"""Start the agent: bind and listen first; import, configure and serve afterwards.
+
+A host's connect must be queued and never refused, so the socket listens within milliseconds of
+exec, and everything heavy (trio, cattrs, argparse, even the socket module) is imported later.
+"""
+
+import _socket  # the socket module itself costs several milliseconds under emulation
+import os
+import sys
+
+from agent.bootwords import DEFAULT_LISTEN, kernel_words, listen_argument
+
+# Hosts probe a booting VM every 20 ms, each time on a connection of its own.
+BACKLOG = 512
+
+
+def bind(address: str) -> _socket.socket:
+    """A listening socket at ``unix:PATH`` or ``vsock:PORT`` (any CID of this machine).
+
+    A stale unix socket is replaced, a live one is not.
+
+    Raises:
+        ValueError: an address of another form.
+        OSError: the address is taken, or the machine has no vsock.
+    """
+    kind, _, where = address.partition(":")
+    if kind == "unix" and where:
+        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        if os.path.exists(where):
+            _remove_if_stale(where)
+        listener.bind(where)
+    elif kind == "vsock" and where.isdigit():
+        listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
+        listener.bind((_socket.VMADDR_CID_ANY, int(where)))
+    else:
+        raise ValueError("expected unix:PATH or vsock:PORT")
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _remove_if_stale(path: str) -> None:
+    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    finally:
+        probe.close()
+
+
+def remove(address: str) -> None:
+    """Take the name of a unix socket of ours away again; on vsock there is none."""
+    kind, _, where = address.partition(":")
+    if kind == "unix":
+        os.unlink(where)
+
+
+def main() -> int:
+    """Serve until a shutdown request, or a signal to end. The exit status is for init:
+    0 powers the machine off, anything else starts the agent again."""
+    argv = sys.argv[1:]
+    with open("/proc/cmdline", encoding="utf-8", errors="replace") as file:
+        cmdline = file.read()
+    words = kernel_words(os.environ.get("INNKEEP_CMDLINE", cmdline))
+    address = listen_argument(argv) if argv else words.get("listen", DEFAULT_LISTEN)
+    if address is None:
+        # Nothing to listen on: the arguments' parser says what is missing, or prints its help.
+        return serve(None, cmdline, argv)
+    try:
+        listener = bind(address)
+    except (OSError, ValueError) as error:
+        print(f"innkeep: listen on {address}: {error}", file=sys.stderr)
+        return 2
+    try:
+        return serve(listener, cmdline, argv)
+    finally:
+        remove(address)
+
+
+def serve(listener: _socket.socket | None, cmdline: str, argv: list[str]) -> int:
+    """Read the whole configuration, and serve on ``listener``, which is closed in the end."""
+    from agent.config import AgentConfig, ConfigError
+
+    try:
+        config = AgentConfig.from_boot(cmdline, os.environ, argv)
+    except ConfigError as error:
+        print(f"innkeep: {error}", file=sys.stderr)
+        return 2
+    assert listener is not None  # without --listen the parser has exited
+
+    import socket
+
+    from agent.lifetime import run
+
+    with socket.socket(fileno=listener.detach()) as listening:
+        return run(listening, config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""What the agent is told at its start, from the boot's words and the command line.
+
+The only module that knows the names of environment variables. In the image the configuration is
+the kernel's command line (``innkeep.key=value``), or the same words in ``INNKEEP_CMDLINE`` where
+the kernel is not ours (``boot.py --machine namespaces``). Outside the image it is the arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+
+from agent.bootwords import DEFAULT_LISTEN, kernel_words
+
+T = TypeVar("T")
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+class ConfigError(ValueError):
+    """A word or an argument that means nothing; the text names it and what was expected."""
+
+
+@attrs.frozen
+class Uplink:
+    """The VM's own address on its one network interface, as the boot configuration gives it."""
+
+    address: ipaddress.IPv4Interface | ipaddress.IPv6Interface
+    gateway: ipaddress.IPv4Address | ipaddress.IPv6Address | None
+    nameservers: tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, ...]
+
+
+@attrs.frozen(kw_only=True)
+class AgentConfig:
+    """Where the agent listens, keeps and finds things.
+
+    ``storage_device`` is the only block device that the agent ever formats, checks or mounts.
+    """
+
+    listen: str
+    in_image: bool
+    """Whether the VM is ours: disks, links and power are touched only then."""
+    storage_dir: Path = Path("/storage")
+    storage_device: str | None = None
+    storage_in_memory: bool = False
+    run_dir: Path = Path("/run/innkeep")
+    insecure_registries: frozenset[str] = frozenset()
+    registry_ca_files: Mapping[str, Path] = attrs.field(factory=dict)
+    vsock_peers: frozenset[int] = frozenset()
+    uplink: Uplink | None = None
+    mkfs_erofs: str = "mkfs.erofs"
+    crun: str = "crun"
+    log_level: str = "INFO"
+    unknown_words: tuple[str, ...] = ()
+    """Words of the boot configuration that nobody reads: most likely misspelt."""
+
+    @classmethod
+    def from_boot(
+        cls, cmdline: str, environ: Mapping[str, str], argv: Sequence[str]
+    ) -> AgentConfig:
+        """The configuration from the kernel's command line, the environment and the arguments.
+
+        Arguments, where there are any, say everything: then this is not our image, whatever the
+        machine's own kernel was told.
+
+        Raises:
+            ConfigError: a value that is not what its key takes.
+            SystemExit: ``--help``, or arguments that do not parse; argparse has said why.
+        """
+        tools: dict[str, Any] = {
+            "mkfs_erofs": environ.get("INNKEEP_MKFS_EROFS", "mkfs.erofs"),
+            "crun": environ.get("INNKEEP_CRUN", "crun"),
+            "log_level": _one_of(LOG_LEVELS, "INNKEEP_LOG", environ.get("INNKEEP_LOG", "INFO")),
+        }
+        if argv:
+            return cls(in_image=False, **_from_arguments(argv), **tools)
+        words = kernel_words(environ.get("INNKEEP_CMDLINE", cmdline))
+        return cls(in_image=True, **{**tools, **_from_words(words)})
+
+
+def _from_words(words: Mapping[str, str]) -> dict[str, Any]:
+    known = {*_WORDS, *_MORE_WORDS, *_WORDS_OF_INIT}
+    settings: dict[str, Any] = {
+        "listen": DEFAULT_LISTEN,
+        "unknown_words": tuple(sorted(words.keys() - known)),
+    }
+    for key, (name, read) in _WORDS.items():
+        if key in words:
+            settings[name] = read(f"innkeep.{key}", words[key])
+    storage = words.get("storage", "memory")
+    if storage.startswith("/"):
+        settings["storage_device"] = storage
+    elif storage == "memory":
+        settings["storage_in_memory"] = True
+    elif storage != "dir":
+        raise ConfigError(f"innkeep.storage={storage}: expected a device, 'memory' or 'dir'")
+    if "ip" in words:
+        settings["uplink"] = Uplink(
+            address=_read("innkeep.ip", words["ip"], ipaddress.ip_interface),
+            gateway=_read("innkeep.gateway", words["gateway"], ipaddress.ip_address)
+            if "gateway" in words
+            else None,
+            nameservers=tuple(
+                _read("innkeep.dns", server, ipaddress.ip_address)
+                for server in words.get("dns", "").split(",")
+                if server
+            ),
+        )
+    return settings
+
+
+def _from_arguments(argv: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        prog="python -m agent",
+        description="innkeep's agent, served outside its image: disks, links and power are left "
+        "alone, and mounts stay in a mount namespace of its own.",
+    )
+    parser.add_argument(
+        "--listen", required=True, metavar="ADDRESS", help="unix:PATH or vsock:PORT"
+    )
+    parser.add_argument(
+        "--storage", required=True, metavar="DIR", type=Path, help="images and overlays"
+    )
+    parser.add_argument(
+        "--run-dir", required=True, metavar="DIR", type=Path, help="bundles, logs, sockets"
+    )
+    parser.add_argument(
+        "--insecure-registry",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="a registry to speak plain HTTP to; may be repeated",
+    )
+    parser.add_argument(
+        "--registry-ca",
+        action="append",
+        default=[],
+        metavar="HOST:PORT=FILE",
+        help="a private CA's certificates for one registry; may be repeated",
+    )
+    parsed = parser.parse_args(argv)
+    return {
+        "listen": parsed.listen,
+        "storage_dir": parsed.storage.absolute(),
+        "run_dir": parsed.run_dir.absolute(),
+        "insecure_registries": _registries(
+            "--insecure-registry", ",".join(parsed.insecure_registry)
+        ),
+        "registry_ca_files": _ca_files("--registry-ca", ",".join(parsed.registry_ca)),
+    }
+
+
+def _read(name: str, text: str, read: Callable[[str], T]) -> T:
+    try:
+        return read(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text}: {error}") from error
+
+
+def _registries(name: str, text: str) -> frozenset[str]:
+    hosts = frozenset(host for host in text.split(",") if host)
+    for host in hosts:
+        if "/" in host:
+            raise ConfigError(f"{name}={host}: expected HOST:PORT, without a scheme or a path")
+    return hosts
+
+
+def _ca_files(name: str, text: str) -> dict[str, Path]:
+    files = {}
+    for pair in filter(None, text.split(",")):
+        host, separator, path = pair.partition("=")
+        if not (host and separator and path):
+            raise ConfigError(f"{name}={pair}: expected HOST:PORT=FILE")
+        files[host] = Path(path)
+    return files
+
+
+def _cids(name: str, text: str) -> frozenset[int]:
+    return frozenset(_read(name, cid, int) for cid in text.split(",") if cid)
+
+
+def _one_of(choices: tuple[str, ...], name: str, text: str) -> str:
+    if text.upper() not in choices:
+        raise ConfigError(f"{name}={text}: expected one of {', '.join(choices)}")
+    return text.upper()
+
+
+_MORE_WORDS = frozenset({"storage", "ip", "gateway", "dns"})
+_WORDS_OF_INIT = frozenset({"hostname"})
+# Each further word of the boot configuration: the field it sets, and what reads its value.
+_WORDS: Mapping[str, tuple[str, Callable[[str, str], object]]] = {
+    "listen": ("listen", lambda _, text: text),
+    "insecure_registry": ("insecure_registries", _registries),
+    "registry_ca": ("registry_ca_files", _ca_files),
+    "vsock_peers": ("vsock_peers", _cids),
+    "log": ("log_level", lambda name, text: _one_of(LOG_LEVELS, name, text)),
+}

@@ -1,0 +1,98 @@
+"""One peer's byte stream as frames: received one at a time, sent whole."""
+
+from __future__ import annotations
+
+import socket
+
+import trio
+
+from protocol.constants import VSOCK_SEND_SIZE
+from protocol.framing import FrameDecoder, frame_pieces
+
+# Below malloc's threshold for mapping fresh pages: a larger buffer would cost every ping two
+# system calls and its page faults.
+READ_BYTES = 64 * 1024
+
+
+class PeerGone(Exception):
+    """The connection broke while it was read from or sent to: nobody is left to answer."""
+
+
+class Connection:
+    """Frames over a connected socket, which it makes non-blocking, and which the caller closes.
+
+    The socket is used directly: a frame that fits the buffers costs one system call each way.
+    Only one task may receive, and only one may send, at a time.
+    """
+
+    def __init__(self, peer: socket.socket) -> None:
+        peer.setblocking(False)
+        self.socket = peer
+        self._decoder = FrameDecoder()
+        self._piece_bytes = VSOCK_SEND_SIZE if peer.family == socket.AF_VSOCK else None
+
+    async def receive(self) -> bytes | None:
+        """The next frame's payload, or None at the end of the peer's requests.
+
+        Safe to cancel: bytes that were read stay in the decoder. An end in mid-frame is an end.
+
+        Raises:
+            FrameTooLarge: the peer announced more than MAX_FRAME_SIZE; its position is lost.
+            PeerGone: the connection broke.
+        """
+        while True:
+            payload = self._decoder.next_frame()
+            if payload is not None:
+                return payload
+            data = await self._read()
+            if not data:
+                return None
+            self._decoder.receive_data(data)
+
+    def receive_pending(self) -> bytes | None:
+        """As ``receive``, but only from what has arrived already; None when there is no more."""
+        while True:
+            payload = self._decoder.next_frame()
+            if payload is not None:
+                return payload
+            try:
+                data = self.socket.recv(READ_BYTES)
+            except OSError:
+                return None
+            if not data:
+                return None
+            self._decoder.receive_data(data)
+
+    async def send(self, payload: bytes) -> None:
+        """Send one frame. Not safe to cancel: a cancelled send leaves half a frame behind, so
+        whoever cancels one must close the connection.
+
+        Raises:
+            FrameTooLarge: the payload is above MAX_FRAME_SIZE; nothing was sent.
+            PeerGone: the connection broke.
+        """
+        for piece in frame_pieces(payload, self._piece_bytes):
+            left = memoryview(piece)
+            while left:
+                try:
+                    left = left[self.socket.send(left) :]
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self.socket)
+                except OSError as error:
+                    raise PeerGone(str(error)) from error
+
+    async def _read(self) -> bytes:
+        waited = False
+        while True:
+            try:
+                data = self.socket.recv(READ_BYTES)
+                break
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self.socket)
+                waited = True
+            except OSError as error:
+                raise PeerGone(str(error)) from error
+        if not waited:
+            # A peer that sends without pause must not keep the loop to itself.
+            await trio.lowlevel.checkpoint()
+        return data

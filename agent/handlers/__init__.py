@@ -1,0 +1,62 @@
+"""Who answers what: one async function for each request class, under its wire method's name."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from agent.channel import Channel
+from agent.errors import AgentError
+from agent.handlers.containers import run
+from agent.handlers.images import list_images, pull, query
+from agent.handlers.machine import format_storage, ping, shutdown, storage_status
+from agent.handlers.overlays import cleanup_overlay, prepare_overlay
+from agent.handlers.processes import vm_exec
+from agent.services import Services
+from protocol import AgentResponse, requests
+from protocol.errors import ErrorCode
+
+# A handler takes its own request class, which a mapping over all of them cannot say.
+Handler = Callable[[Any, Channel, Services], Awaitable[AgentResponse]]
+
+
+def unsupported(method: str) -> Handler:
+    """A handler that refuses ``method``, which this version knows and does not offer."""
+
+    async def refuse(request: object, channel: Channel, services: Services) -> AgentResponse:
+        raise AgentError(ErrorCode.INVALID_REQUEST, f"{method}: not supported by this version")
+
+    refuse.__name__ = method
+    return refuse
+
+
+HANDLERS: Mapping[type, Handler] = {
+    requests.Ping: ping,
+    requests.Pull: pull,
+    requests.Query: query,
+    requests.ListImages: list_images,
+    requests.GarbageCollect: unsupported("garbage_collect"),
+    requests.PrepareOverlay: prepare_overlay,
+    requests.CleanupOverlay: cleanup_overlay,
+    requests.FormatStorage: format_storage,
+    requests.StorageStatus: storage_status,
+    requests.NetworkTest: unsupported("network_test"),
+    requests.Shutdown: shutdown,
+    requests.ExportLayer: unsupported("export_layer"),
+    requests.VmExec: vm_exec,
+    requests.Run: run,
+    requests.FileWrite: unsupported("file_write"),
+    requests.FileWriteBegin: unsupported("file_write_begin"),
+    requests.FileWriteChunk: unsupported("file_write_chunk"),
+    requests.FileRead: unsupported("file_read"),
+    requests.FlattenLayers: unsupported("flatten_layers"),
+}
+
+DROPPED: frozenset[type] = frozenset({requests.Stdin, requests.Resize})
+"""Follow-ups that get no answer, and so are dropped where no session takes them."""
+
+OUTLIVE_THEIR_CONNECTION: frozenset[type] = frozenset({requests.Shutdown, requests.FormatStorage})
+"""Requests that run to their end when the peer hangs up, and even if it has already."""
+
+QUIET: frozenset[type] = frozenset({requests.Ping})
+"""Requests that leave no log line: hosts send them all the time."""

@@ -1,0 +1,77 @@
+"""Requests about images: fetch one, find one, list them."""
+
+from __future__ import annotations
+
+from agent.channel import Channel
+from agent.errors import AgentError
+from agent.images.content_store import StoredImage
+from agent.images.platform import InvalidPlatform, parse_platform
+from agent.images.progress import PullProgress
+from agent.images.reference import InvalidReference, Reference, parse_reference
+from agent.services import Services
+from protocol import AgentResponse, requests, responses
+from protocol.errors import ErrorCode
+
+
+async def pull(request: requests.Pull, channel: Channel, services: Services) -> AgentResponse:
+    reference = parse(request.image, ErrorCode.PULL_FAILED)
+    try:
+        platform = parse_platform(request.oci_platform) if request.oci_platform else None
+    except InvalidPlatform as error:
+        raise AgentError(ErrorCode.PULL_FAILED, f"pull {reference}: {error}") from error
+    images = await services.images.passed(ErrorCode.PULL_FAILED)
+    await services.network.passed(ErrorCode.PULL_FAILED)
+
+    async def tell(progress: PullProgress) -> None:
+        await channel.progress(progress.message, progress.percent, progress.layer)
+
+    image = await images.puller.pull(
+        reference,
+        platform,
+        request.auth,
+        tell,
+        proxy=request.proxy,
+        no_proxy=request.no_proxy,
+    )
+    return responses.Ok(image.info())
+
+
+async def query(request: requests.Query, channel: Channel, services: Services) -> AgentResponse:
+    image = await stored_image(request.image, services, ErrorCode.QUERY_FAILED)
+    return responses.Ok(image.info())
+
+
+async def list_images(
+    request: requests.ListImages, channel: Channel, services: Services
+) -> AgentResponse:
+    images = await services.images.passed(ErrorCode.LIST_FAILED)
+    return responses.Ok([image.info() for image in images.store.images()])
+
+
+def parse(image: str, code: ErrorCode) -> Reference:
+    """The reference that ``image`` spells.
+
+    Raises:
+        AgentError: ``code``, for one that docker would not take either.
+    """
+    try:
+        return parse_reference(image)
+    except InvalidReference as error:
+        raise AgentError(code, str(error)) from error
+
+
+async def stored_image(
+    image: str, services: Services, code: ErrorCode, absent: ErrorCode = ErrorCode.NOT_FOUND
+) -> StoredImage:
+    """The image of any spelling of its reference, from the store alone.
+
+    Raises:
+        AgentError: ``absent`` where it is not there, ``code`` for a bad reference and for
+            storage that is not up.
+    """
+    reference = parse(image, code)
+    images = await services.images.passed(code)
+    found = images.store.find(reference)
+    if found is None:
+        raise AgentError(absent, f"image not found: {image}; pull {reference} first")
+    return found

@@ -1,0 +1,64 @@
+"""Requests about the machine itself: is it there, its storage, its end."""
+
+from __future__ import annotations
+
+import trio
+
+from agent.channel import Channel
+from agent.errors import AgentError, failing_as
+from agent.services import Services
+from agent.storage.usage import usage_of
+from protocol import AgentResponse, requests, responses, values
+from protocol.constants import PROTOCOL_VERSION
+from protocol.errors import ErrorCode
+
+
+async def ping(request: requests.Ping, channel: Channel, services: Services) -> AgentResponse:
+    return responses.Pong(version=PROTOCOL_VERSION)
+
+
+async def storage_status(
+    request: requests.StorageStatus, channel: Channel, services: Services
+) -> AgentResponse:
+    try:
+        images = await services.images.passed(ErrorCode.STATUS_FAILED)
+    except AgentError:
+        # Why it is not is in the log, and in the answer of each request that needs it.
+        return responses.Ok(
+            values.StorageStatus(
+                ready=False, total_bytes=0, used_bytes=0, layer_count=0, image_count=0
+            )
+        )
+    with failing_as(ErrorCode.STATUS_FAILED, f"measure {services.config.storage_dir}"):
+        usage = usage_of(services.config.storage_dir)
+    stored = images.store.images()
+    return responses.Ok(
+        values.StorageStatus(
+            ready=True,
+            total_bytes=usage.total_bytes,
+            used_bytes=usage.used_bytes,
+            layer_count=len({layer.diff_id for image in stored for layer in image.layers}),
+            image_count=len(stored),
+        )
+    )
+
+
+async def format_storage(
+    request: requests.FormatStorage, channel: Channel, services: Services
+) -> AgentResponse:
+    """Bring up what boot could not; storage that is up keeps its data and gets its layout."""
+    with trio.CancelScope(shield=True):
+        try:
+            await services.bring_up_images()
+        except AgentError as error:
+            raise AgentError(ErrorCode.FORMAT_FAILED, error.message) from error
+    return responses.Ok()
+
+
+async def shutdown(
+    request: requests.Shutdown, channel: Channel, services: Services
+) -> AgentResponse:
+    await services.stop()
+    # Power goes off after the answer is out, not before.
+    channel.once_answered(services.stopped.set)
+    return responses.Ok({"shutdown": True})

@@ -1,0 +1,26 @@
+"""Requests about overlays: compose one, remove one."""
+
+from __future__ import annotations
+
+from agent.channel import Channel
+from agent.handlers.images import stored_image
+from agent.services import Services
+from protocol import AgentResponse, requests, responses
+from protocol.errors import ErrorCode
+
+
+async def prepare_overlay(
+    request: requests.PrepareOverlay, channel: Channel, services: Services
+) -> AgentResponse:
+    code = ErrorCode.OVERLAY_FAILED
+    image = await stored_image(request.image, services, code, absent=code)
+    images = await services.images.passed(code)
+    return responses.Ok(await images.overlays.prepare(image, request.workload_id))
+
+
+async def cleanup_overlay(
+    request: requests.CleanupOverlay, channel: Channel, services: Services
+) -> AgentResponse:
+    images = await services.images.passed(ErrorCode.CLEANUP_FAILED)
+    await images.overlays.cleanup(request.workload_id)
+    return responses.Ok()

@@ -1,0 +1,1 @@
+"""Images: fetched, verified, kept, and mounted as layers and overlays."""

@@ -1,0 +1,263 @@
+"""Layers as EROFS images: built from their tars, kept by diff_id, mounted by blob digest.
+
+    erofs/<hex of the diff_id>.erofs    whole and verified, the layer's `Marks` behind it
+    erofs/<…>.partial                   being built, or left by a crash
+    layers/<hex of the blob's digest>   where it is mounted, read-only
+
+The blob's digest names the mount because hosts look there for what `ImageInfo.layers` lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agent.errors import cause_of
+from agent.images.atomic_file import sync_directory
+from agent.images.decompression import Decompression, DecompressionError
+from agent.images.erofs import Marks, append_marks, detached_mount, read_marks
+from agent.images.manifest import DIGEST
+from agent.images.mkfs_erofs import MkfsErofs, MkfsError
+from agent.images.tar_header import TarError
+from agent.images.tar_rewriter import TarRewriter
+from agent.linux.mount import closing, is_mount_root, move_mount, umount2
+
+_LARGEST_MKFS_BYTES = 1 << 30
+_SMALLEST_MKFS_BYTES = 128 << 20
+
+
+class LayerError(Exception):
+    """A layer could not be built; the text names its diff_id and the cause.
+
+    ``__cause__`` leads to the OSError where the machine is to blame and not the layer.
+    """
+
+
+class LayerStore:
+    """The layers in ``storage_dir``/erofs and their mounts in ``storage_dir``/layers.
+
+    Construction makes the directories and removes what builds left that a crash interrupted, so
+    there is one store at a time. ``mkfs_erofs`` is the program (path or name), erofs-utils 1.8.6
+    or newer. Every method blocks on the disk, may be called by any thread, and raises OSError.
+    """
+
+    def __init__(self, storage_dir: Path, mkfs_erofs: str = "mkfs.erofs") -> None:
+        self._images = storage_dir.absolute() / "erofs"
+        self._mounts = storage_dir.absolute() / "layers"
+        self._mkfs_erofs = mkfs_erofs
+        self._mounting = threading.Lock()
+        self._marks: dict[str, Marks] = {}
+        for directory in (self._images, self._mounts):
+            directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self._images.glob("*.partial"):
+            leftover.unlink()
+
+    def has(self, diff_id: str) -> bool:
+        """Whether the layer was built; then it is whole."""
+        return self._image(diff_id).exists()
+
+    def diff_ids(self) -> set[str]:
+        """All layers that were built."""
+        return {f"sha256:{image.stem}" for image in self._images.glob("*.erofs")}
+
+    @contextmanager
+    def building(
+        self, diff_id: str, media_type: str, max_bytes: int | None = None
+    ) -> Iterator[LayerBuild]:
+        """Build a layer from its blob, whose bytes go into the `LayerBuild`, which is finished.
+
+        ``max_bytes`` bounds what the blob may hold. Left in any other way, nothing stays.
+
+        Raises:
+            LayerError: it cannot be built; also from the build's methods.
+        """
+        descriptor, name = tempfile.mkstemp(
+            prefix=_hex(diff_id), suffix=".partial", dir=self._images
+        )
+        os.close(descriptor)
+        partial = Path(name)
+        try:
+            with _telling(diff_id):
+                build = LayerBuild(
+                    diff_id,
+                    Decompression(media_type),
+                    MkfsErofs(self._mkfs_erofs, partial, _memory_bytes()),
+                    partial,
+                    self._image(diff_id),
+                    max_bytes,
+                )
+            try:
+                yield build
+            finally:
+                build.close()
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def remove(self, diff_id: str) -> int:
+        """Forget a layer; the bytes that this frees, now or when it is unmounted."""
+        image = self._image(diff_id)
+        freed = image.stat().st_size
+        image.unlink()
+        self._marks.pop(diff_id, None)
+        return freed
+
+    def directory(self, blob_digest: str) -> Path:
+        """Where a blob's layer is mounted, if it is."""
+        return self._mounts / _hex(blob_digest)
+
+    def mount(self, blob_digest: str, diff_id: str) -> Path:
+        """Mount a layer that was built, unless it is mounted; where."""
+        directory = self.directory(blob_digest)
+        with self._mounting:
+            try:
+                if is_mount_root(directory):
+                    return directory
+            except FileNotFoundError:
+                directory.mkdir()
+            with closing(detached_mount(self._image(diff_id))) as mount_fd:
+                move_mount(mount_fd, directory)
+        return directory
+
+    def mount_all(self, layers: Iterable[tuple[str, str]]) -> dict[str, OSError]:
+        """Mount (blob digest, diff_id) layers; the failures, by blob digest, stop no others."""
+        failures = {}
+        for blob_digest, diff_id in layers:
+            try:
+                self.mount(blob_digest, diff_id)
+            except OSError as error:
+                failures[blob_digest] = error
+        return failures
+
+    def unmount(self, blob_digest: str) -> None:
+        """Unmount a layer, if it is mounted; EBUSY while an overlay or a process uses it."""
+        self._unmount(self.directory(blob_digest))
+
+    def unmount_all(self) -> None:
+        """Unmount every layer; the first failure is raised after the last attempt."""
+        failure = None
+        for directory in self._mounts.iterdir():
+            try:
+                self._unmount(directory)
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def marks(self, diff_id: str) -> Marks:
+        """What a layer means for those below it."""
+        marks = self._marks.get(diff_id)
+        if marks is None:
+            marks = self._marks[diff_id] = read_marks(self._image(diff_id))
+        return marks
+
+    def _unmount(self, directory: Path) -> None:
+        with self._mounting:
+            try:
+                if is_mount_root(directory):
+                    umount2(directory)
+                directory.rmdir()
+            except FileNotFoundError:
+                return
+
+    def _image(self, diff_id: str) -> Path:
+        return self._images / f"{_hex(diff_id)}.erofs"
+
+
+class LayerBuild:
+    """A blob's bytes on their way into a layer's image: decompressed, hashed, mended, written."""
+
+    def __init__(
+        self,
+        diff_id: str,
+        decompression: Decompression,
+        mkfs: MkfsErofs,
+        partial: Path,
+        image: Path,
+        max_bytes: int | None,
+    ) -> None:
+        self._diff_id = diff_id
+        self._decompression = decompression
+        self._mkfs = mkfs
+        self._partial = partial
+        self._image = image
+        self._max_bytes = max_bytes
+        self._rewriter = TarRewriter()
+        self._sha256 = hashlib.sha256()
+        self._tar_bytes = 0
+
+    def write(self, data: bytes) -> None:
+        """The blob's next bytes; blocks while the disk is behind.
+
+        Raises:
+            LayerError: the layer cannot be built.
+        """
+        with _telling(self._diff_id):
+            for chunk in self._decompression.feed(data):
+                self._take(chunk)
+
+    def finish(self) -> int:
+        """The blob is complete: the layer is checked and then there to stay. The tar's length.
+
+        Raises:
+            LayerError: the blob holds another tar, or one that cannot be a layer.
+        """
+        with _telling(self._diff_id):
+            for chunk in self._decompression.finish():
+                self._take(chunk)
+            digest = f"sha256:{self._sha256.hexdigest()}"
+            if digest != self._diff_id:
+                raise LayerError(f"{self._diff_id}: the layer's tar has the digest {digest}")
+            for piece in self._rewriter.finish():
+                self._mkfs.write(piece)
+            self._mkfs.finish()
+            tree = self._rewriter.tree
+            with closing(detached_mount(self._partial)) as root:
+                tree.compare(root)
+            append_marks(self._partial, Marks(tree.implied(), tree.root.opaque))
+            with self._partial.open("rb") as file:
+                os.fsync(file.fileno())
+            self._partial.replace(self._image)
+            sync_directory(self._image.parent)
+        return self._tar_bytes
+
+    def interrupt(self) -> None:
+        """Make a call that blocks in another thread raise LayerError soon."""
+        self._mkfs.kill()
+
+    def close(self) -> None:
+        """End what runs for the build; it can no longer be finished."""
+        self._mkfs.close()
+
+    def _take(self, chunk: bytes | memoryview) -> None:
+        self._tar_bytes += len(chunk)
+        if self._max_bytes is not None and self._tar_bytes > self._max_bytes:
+            raise LayerError(f"{self._diff_id}: it unpacks to more than {self._max_bytes} bytes")
+        self._sha256.update(chunk)
+        for piece in self._rewriter.feed(chunk):
+            self._mkfs.write(piece)
+
+
+@contextmanager
+def _telling(diff_id: str) -> Iterator[None]:
+    """Turn all that can go wrong with a layer into one error that names it."""
+    try:
+        yield
+    except (DecompressionError, TarError, MkfsError, OSError) as error:
+        raise LayerError(f"{diff_id}: {cause_of(error)}") from error
+
+
+def _memory_bytes() -> int:
+    """What mkfs.erofs may use: a quarter of the machine, since several run at once."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(max(total // 4, _SMALLEST_MKFS_BYTES), _LARGEST_MKFS_BYTES)
+
+
+def _hex(digest: str) -> str:
+    if not DIGEST.fullmatch(digest):
+        raise ValueError(f"{digest!r} is not a sha256 digest")
+    return digest.removeprefix("sha256:")

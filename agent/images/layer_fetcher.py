@@ -1,0 +1,184 @@
+"""Everything that an image's layers need to be in the store, several of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from agent.errors import cause_of
+from agent.images.claims import LayerClaims
+from agent.images.content_store import ContentStore
+from agent.images.layer import LayerError, LayerStore
+from agent.images.layer_transfer import DamagedBlob, LayerTransfer, is_full_disk
+from agent.images.manifest import InvalidManifest
+from agent.images.progress import OnProgress, ProgressMeter
+from agent.images.registries import RegistryError
+from agent.images.resolution import WantedLayer
+
+if TYPE_CHECKING:
+    from agent.images.registry import RegistryClient
+
+# Of one pull: each is a thread, a mkfs.erofs and a connection.
+LAYERS_AT_ONCE = 4
+
+
+class LayerFetchError(Exception):
+    """A layer could not be brought into the store; the text names it and the cause."""
+
+
+class DiskFullError(Exception):
+    """The layers do not fit; the text says how much is missing."""
+
+
+@attrs.frozen
+class LayerFetcher:
+    """Brings layers into ``store`` and ``layers``, for any number of pulls at once.
+
+    Callers hold their image's layers in ``claims`` from before ``fetch`` until the image has its
+    name.
+    """
+
+    store: ContentStore
+    layers: LayerStore
+    claims: LayerClaims = attrs.field(factory=LayerClaims)
+
+    async def fetch(
+        self,
+        wanted: tuple[WantedLayer, ...],
+        client: RegistryClient,
+        on_progress: OnProgress,
+        limiter: trio.CapacityLimiter,
+    ) -> None:
+        """Return when all of an image's layers are there; `limiter` says how many at once.
+
+        Of a layer that failed, and of others that are then given up, complete blobs stay, and
+        what there is of incomplete ones; where the disk is full, nothing.
+
+        Raises:
+            InvalidManifest: a blob is known to hold something else than the image says.
+            LayerFetchError, DiskFullError: the first failure; and whatever `on_progress` raises.
+        """
+        lacking = await trio.to_thread.run_sync(self._find_lacking, wanted, limiter=limiter)
+        if not lacking:
+            return
+        meter = ProgressMeter(len(wanted), ((layer.digest, layer.size) for layer in lacking))
+        running: set[LayerTransfer] = set()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_abort_when_cancelled, client, running)
+                nursery.start_soon(meter.report, on_progress)
+                async with trio.open_nursery() as layers:
+                    for layer in lacking:
+                        layers.start_soon(self._fetch_one, layer, client, meter, limiter, running)
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            failure = _first_failure(group)
+            if failure is None:
+                raise
+            if isinstance(failure, DiskFullError):
+                await trio.to_thread.run_sync(self._discard, lacking, limiter=limiter)
+            raise failure from failure.__cause__
+        await on_progress(meter.frame())
+
+    async def _fetch_one(
+        self,
+        layer: WantedLayer,
+        client: RegistryClient,
+        meter: ProgressMeter,
+        limiter: trio.CapacityLimiter,
+        running: set[LayerTransfer],
+    ) -> None:
+        try:
+            async with self.claims.lock(layer.digest):
+                transfer = LayerTransfer(
+                    layer,
+                    self.store.blobs,
+                    self.layers,
+                    client,
+                    lambda position: meter.advance(layer.digest, position),
+                )
+                running.add(transfer)
+                try:
+                    await trio.to_thread.run_sync(self._bring, layer, transfer, limiter=limiter)
+                finally:
+                    running.remove(transfer)
+        except (RegistryError, DamagedBlob, LayerError, InvalidManifest, OSError) as error:
+            if is_full_disk(error):
+                raise DiskFullError(
+                    f"the disk is full, at least {meter.remaining_bytes} more bytes are needed"
+                ) from error
+            raise LayerFetchError(f"layer {layer.digest}: {cause_of(error)}") from error
+        meter.finish(layer.digest)
+
+    def _bring(self, layer: WantedLayer, transfer: LayerTransfer) -> None:
+        # Another pull may have brought it while this one waited.
+        if not self._is_present(layer):
+            transfer.run()
+
+    def _find_lacking(self, wanted: Iterable[WantedLayer]) -> dict[WantedLayer, bool]:
+        """Those of the layers, each once, for which something is to be done, and whether it is
+        built. Raises DiskFullError for what does not fit even before it is unpacked.
+        """
+        lacking = {layer.digest: layer for layer in wanted if not self._is_present(layer)}
+        self._check_space(lacking.values())
+        return {layer: self.layers.has(layer.diff_id) for layer in lacking.values()}
+
+    def _is_present(self, layer: WantedLayer) -> bool:
+        blobs = self.store.blobs
+        unpacked = blobs.unpacked(layer.digest)
+        if unpacked is None or not blobs.has(layer.digest, layer.size):
+            return False
+        if unpacked.diff_id != layer.diff_id:
+            raise InvalidManifest(
+                f"layer {layer.digest} has the diff_id {unpacked.diff_id}, and not the config's "
+                f"{layer.diff_id}"
+            )
+        return self.layers.has(layer.diff_id)
+
+    def _check_space(self, lacking: Iterable[WantedLayer]) -> None:
+        blobs = self.store.blobs
+        needed = sum(
+            layer.size - min(blobs.partial_bytes(layer.digest), layer.size)
+            for layer in lacking
+            if not blobs.has(layer.digest, layer.size)
+        )
+        free = blobs.free_bytes()
+        if needed > free:
+            raise DiskFullError(
+                f"the disk is too full: the layers need {needed} bytes, {free} are free, "
+                f"{needed - free} bytes are missing"
+            )
+
+    def _discard(self, lacking: Mapping[WantedLayer, bool]) -> None:
+        """Give back the space of what was fetched and built, as far as nothing else uses it."""
+        stored = [layer for image in self.store.images() for layer in image.layers]
+        used = {layer.digest for layer in stored} | {layer.diff_id for layer in stored}
+        for layer, was_built in lacking.items():
+            if layer.digest not in used and not self.claims.is_shared(layer.digest):
+                self.store.blobs.discard_layer(layer.digest)
+            is_free = layer.diff_id not in used and not self.claims.is_shared(layer.diff_id)
+            if is_free and not was_built and self.layers.has(layer.diff_id):
+                self.layers.remove(layer.diff_id)
+
+
+async def _abort_when_cancelled(client: RegistryClient, running: set[LayerTransfer]) -> None:
+    # A thread looks for a cancellation only between two blocks. One may be 30 s in coming, and
+    # long in unpacking.
+    try:
+        await trio.sleep_forever()
+    finally:
+        client.abort()
+        for transfer in running:
+            transfer.interrupt()
+
+
+def _first_failure(group: BaseExceptionGroup[BaseException]) -> Exception | None:
+    """What failed first in a group that nurseries made; None where all was cancelled."""
+    for error in group.exceptions:
+        failure = _first_failure(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(failure, Exception):
+            return failure
+    return None

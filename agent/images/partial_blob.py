@@ -1,0 +1,63 @@
+"""A blob on its way into the store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from agent.images.atomic_file import sync_directory
+
+_BLOCK = 1 << 20
+
+
+class PartialBlob:
+    """The beginning of a blob, in a file that survives errors, hang-ups and crashes.
+
+    What it holds is not to be believed before its digest is verified: after a power loss a file
+    can have its length without its contents. A context manager that closes the file, and keeps
+    it unless `discard` or `keep` was called. Blocking; raises OSError.
+    """
+
+    def __init__(self, path: Path, blob_path: Path) -> None:
+        self._path = path
+        self._blob_path = blob_path
+        self._file = path.open("a+b")
+
+    def __enter__(self) -> PartialBlob:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    @property
+    def size(self) -> int:
+        """How many bytes are there."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def blocks(self) -> Iterator[bytes]:
+        """What is there, from the start."""
+        self._file.seek(0)
+        while block := self._file.read(_BLOCK):
+            yield block
+
+    def append(self, block: bytes) -> None:
+        """Add what comes next."""
+        self._file.write(block)
+
+    def keep(self) -> None:
+        """Make it a blob of the store: the caller has verified its size and digest."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._path.replace(self._blob_path)
+        sync_directory(self._blob_path.parent)
+
+    def discard(self) -> None:
+        """Remove it: it is not the beginning of the blob."""
+        self._path.unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""How far a pull is, told a few times a second."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+
+import attrs
+import trio
+
+# Between one and ten a second, with room for the last one.
+_SHORTEST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 0.8
+
+
+@attrs.frozen
+class PullProgress:
+    """``percent`` (0 to 100) never falls within a pull; ``layer`` is a digest's hex."""
+
+    message: str
+    percent: int | None = None
+    layer: str | None = None
+
+
+OnProgress = Callable[[PullProgress], Awaitable[None]]
+
+
+class ProgressMeter:
+    """Counts the bytes of the layers that a pull still needs.
+
+    `layer_count` is of all the image's layers, `needed` the digests and sizes of those that are
+    not in the store. Made and used in a trio task, but for `advance`, which worker threads call.
+    """
+
+    def __init__(self, layer_count: int, needed: Iterable[tuple[str, int]]) -> None:
+        self._layer_count = layer_count
+        self._sizes = dict(needed)
+        self._finished = layer_count - len(self._sizes)
+        self._positions = dict.fromkeys(self._sizes, 0)
+        self._total_bytes = sum(self._sizes.values())
+        self._latest = next(iter(self._sizes), None)
+        self._percent = 0
+        self._changed = trio.Event()
+        self._token = trio.lowlevel.current_trio_token()
+
+    def advance(self, digest: str, position: int) -> None:
+        """So many bytes of a layer are through; fewer than before where it had to begin anew."""
+        self._positions[digest] = position
+        self._latest = digest
+        self._token.run_sync_soon(self._wake, idempotent=True)
+
+    def finish(self, digest: str) -> None:
+        """A layer is in the store."""
+        self._positions[digest] = self._sizes[digest]
+        self._finished += 1
+        self._wake()
+
+    @property
+    def remaining_bytes(self) -> int:
+        """How much of the needed layers' blobs is not through."""
+        return self._total_bytes - sum(self._positions.values())
+
+    def frame(self) -> PullProgress:
+        """How far it is now."""
+        done = self._total_bytes - self.remaining_bytes
+        self._percent = max(self._percent, 100 * done // max(self._total_bytes, 1))
+        number = min(self._finished + 1, self._layer_count)
+        layer = self._latest.removeprefix("sha256:") if self._latest else None
+        return PullProgress(f"Pulling layer {number}/{self._layer_count}", self._percent, layer)
+
+    async def report(self, on_progress: OnProgress) -> None:
+        """Tell how far it is, at once and then again and again until cancelled."""
+        while True:
+            self._changed = trio.Event()
+            await on_progress(self.frame())
+            await trio.sleep(_SHORTEST_PAUSE_S)  # the limit of the rate, not a poll
+            with trio.move_on_after(_LONGEST_PAUSE_S - _SHORTEST_PAUSE_S):
+                await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()

@@ -1,0 +1,194 @@
+"""Pulling an image: what the store lacks of it is fetched, verified and unpacked, then named."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from agent.errors import AgentError, failing_as
+from agent.images.content_store import ContentStore, NotWhole, StoredImage, Tag
+from agent.images.layer import LayerError, LayerStore
+from agent.images.layer_fetcher import (
+    LAYERS_AT_ONCE,
+    DiskFullError,
+    LayerFetcher,
+    LayerFetchError,
+)
+from agent.images.manifest import InvalidManifest
+from agent.images.platform import NoSuchPlatform, Platform, local_platform
+from agent.images.progress import OnProgress, PullProgress
+from agent.images.reference import Reference
+from agent.images.registries import RegistryError, RegistrySettings
+from agent.images.resolution import Question, ResolvedImage
+from protocol import retry
+from protocol.errors import ErrorCode
+from protocol.values import RegistryAuth
+
+if TYPE_CHECKING:
+    from agent.images.registry import RegistryClient
+
+# For asking whether a tag has moved, where the image is there to be used if nobody answers.
+_PATIENCE_S = 2
+_ONE_ATTEMPT = retry.RetryPolicy(attempts=1, first_delay_s=0, max_delay_s=0)
+
+
+class Puller:
+    """Fetches images into `store` and `layers` from registries.
+
+    Any number of pulls may run at once; of those that need the same layer one fetches it.
+    """
+
+    def __init__(
+        self, store: ContentStore, layers: LayerStore, registries: RegistrySettings
+    ) -> None:
+        self._store = store
+        self._layers = layers
+        self._registries = registries
+        self._fetcher = LayerFetcher(store, layers)
+
+    async def pull(
+        self,
+        reference: Reference,
+        platform: Platform | None,
+        auth: RegistryAuth | None,
+        on_progress: OnProgress,
+        *,
+        proxy: str | None = None,
+        no_proxy: str | None = None,
+    ) -> StoredImage:
+        """Fetch what the store lacks of an image, mount its layers, let the reference name it.
+
+        ``platform`` None is this machine's. ``on_progress`` is awaited with one PullProgress
+        after the other while layers are fetched; what it raises ends the pull. Cancelled or
+        failed, a pull changes no reference; complete blobs stay, and what there is of others, for
+        the next one.
+
+        Raises:
+            AgentError: PULL_FAILED, naming the image, what failed and the cause.
+        """
+        doing = f"pull {reference}"
+        question = Question(reference, platform or local_platform(), insist=platform is not None)
+        # Its own, so that no pull waits for the threads of another.
+        limiter = trio.CapacityLimiter(LAYERS_AT_ONCE)
+        try:
+            with failing_as(ErrorCode.PULL_FAILED, doing):
+                client = await trio.to_thread.run_sync(
+                    _open_client,
+                    reference,
+                    self._registries,
+                    auth,
+                    proxy,
+                    no_proxy,
+                    limiter=limiter,
+                )
+                with client:
+                    return await self._pull(client, question, on_progress, limiter)
+        except _FAILURES as error:
+            raise AgentError(ErrorCode.PULL_FAILED, f"{doing}: {error}") from error
+
+    async def _pull(
+        self,
+        client: RegistryClient,
+        question: Question,
+        on_progress: OnProgress,
+        limiter: trio.CapacityLimiter,
+    ) -> StoredImage:
+        async def ask(known: Tag | None, policy: retry.RetryPolicy) -> ResolvedImage:
+            try:
+                return await trio.to_thread.run_sync(
+                    question.ask,
+                    client,
+                    self._store.blobs,
+                    known,
+                    policy,
+                    limiter=limiter,
+                    # It only reads; so the name server, the one thing to wait for that cannot
+                    # be aborted, keeps nobody waiting.
+                    abandon_on_cancel=True,
+                )
+            except trio.Cancelled:
+                client.abort()
+                raise
+
+        known = self._store.find_tag(question.reference)
+        if known is not None and known.entry.platform == str(question.platform):
+            image = await self._resolve_again(question, known, ask, on_progress)
+        else:
+            image = await ask(None, retry.PULL)
+        digests = [digest for layer in image.layers for digest in (layer.digest, layer.diff_id)]
+        with self._fetcher.claims.held(digests):
+            await self._fetcher.fetch(image.layers, client, on_progress, limiter)
+            return await trio.to_thread.run_sync(self._name, question, image, limiter=limiter)
+
+    async def _resolve_again(
+        self,
+        question: Question,
+        known: Tag,
+        ask: Callable[[Tag | None, retry.RetryPolicy], Awaitable[ResolvedImage]],
+        on_progress: OnProgress,
+    ) -> ResolvedImage:
+        """Ask whether a tag has moved, but do not need an answer."""
+        if question.reference.digest is not None:
+            return ResolvedImage.of(known)
+        cause = f"no answer within {_PATIENCE_S} s"
+        try:
+            with trio.move_on_after(_PATIENCE_S):
+                return await ask(known, _ONE_ATTEMPT)
+        except RegistryError as error:
+            if not (error.transient or error.unreachable):
+                raise
+            cause = str(error)
+        await on_progress(
+            PullProgress(f"{question.reference}: {cause}; taking the image in the store")
+        )
+        return ResolvedImage.of(known)
+
+    def _name(self, question: Question, image: ResolvedImage) -> StoredImage:
+        """Make the image, whose layers are all there, one of the store's."""
+        for layer in image.layers:
+            self._layers.mount(layer.digest, layer.diff_id)
+        reference = question.reference
+        # A digest stands for itself, whatever else the same image was resolved from.
+        resolved = reference.digest or image.resolved
+        platform = str(question.platform)
+        known = self._store.find_tag(reference)
+        if known is not None and known.entry == attrs.evolve(
+            known.entry,
+            reference=str(reference),
+            manifest_digest=image.manifest_digest,
+            resolved=resolved,
+            platform=platform,
+        ):
+            return known.image
+        for document in image.documents:
+            self._store.blobs.add_document(document)
+        return self._store.tag(
+            reference, image.manifest_digest, resolved=resolved, platform=platform
+        )
+
+
+_FAILURES = (
+    DiskFullError,
+    InvalidManifest,
+    LayerError,
+    LayerFetchError,
+    NoSuchPlatform,
+    NotWhole,
+    RegistryError,
+)
+
+
+def _open_client(
+    reference: Reference,
+    registries: RegistrySettings,
+    auth: RegistryAuth | None,
+    proxy: str | None,
+    no_proxy: str | None,
+) -> RegistryClient:
+    # In a worker thread, and here, since it is slow to import.
+    from agent.images.registry import RegistryClient
+
+    return RegistryClient(reference, registries, auth, proxy=proxy, no_proxy=no_proxy)

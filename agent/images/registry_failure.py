@@ -1,0 +1,140 @@
+"""What went wrong with a registry, in one line: from requests' exceptions and HTTP's answers.
+
+requests and urllib3 wrap a cause up to four times, with object addresses and URLs in the text,
+a proxy's password possibly among them; so texts are made anew from what lies at the bottom.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import orjson
+import requests
+import urllib3.exceptions
+
+from agent.images.registries import RegistryError
+from agent.images.transport import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, TransportError
+from protocol.retry import is_transient
+
+_LONGEST_WORDS = 300
+
+
+def failure_of(error: BaseException, registry: str) -> RegistryError:
+    """The error of a request to `registry` that got no answer, or not the whole of it."""
+    if isinstance(error, TransportError):
+        return RegistryError(str(error))
+    causes = list(_causes(error))
+    if any(isinstance(cause, urllib3.exceptions.ProxyError) for cause in causes):
+        registry = "the proxy"
+    for cause in causes:
+        match cause:
+            case socket.gaierror():
+                return RegistryError(
+                    f"cannot resolve {registry}: {cause.strerror}",
+                    transient=cause.errno == socket.EAI_AGAIN,
+                    unreachable=True,
+                )
+            case ssl.SSLCertVerificationError():
+                return RegistryError(
+                    f"{registry} is not trusted: {cause.verify_message}; if its CA is a private "
+                    f"one, add --registry-ca {registry}=FILE"
+                )
+            case ssl.SSLError() if cause.reason in _PLAIN_HTTP:
+                return RegistryError(
+                    f"{registry} does not speak TLS; if it is meant to be used over plain HTTP, "
+                    f"add --insecure-registry {registry}"
+                )
+            case ssl.SSLError():
+                return RegistryError(f"TLS with {registry}: {cause.reason or cause.strerror}")
+            case urllib3.exceptions.ConnectTimeoutError() | requests.ConnectTimeout():
+                return RegistryError(
+                    f"no connection to {registry} within {CONNECT_TIMEOUT_S} s",
+                    transient=True,
+                    unreachable=True,
+                )
+            case urllib3.exceptions.ReadTimeoutError() | requests.ReadTimeout():
+                return RegistryError(
+                    f"nothing came from {registry} for {READ_TIMEOUT_S} s",
+                    transient=True,
+                    unreachable=True,
+                )
+            case http.client.RemoteDisconnected():
+                return RegistryError(f"{registry} hung up without an answer", transient=True)
+            case urllib3.exceptions.IncompleteRead() | http.client.IncompleteRead():
+                return RegistryError("the body ended early", transient=True)
+            case OSError(errno=int()) if cause.strerror:
+                return RegistryError(
+                    f"connection to {registry}: {cause.strerror}",
+                    transient=is_transient(cause),
+                    unreachable=True,
+                )
+            case http.client.HTTPException():
+                return RegistryError(f"{registry} does not speak HTTP: {_one_line(str(cause))}")
+            case requests.TooManyRedirects():
+                return RegistryError(f"{registry} redirects without end")
+    bottom = causes[0]
+    return RegistryError(f"{registry}: {_one_line(str(bottom)) or type(bottom).__name__}")
+
+
+def refusal_of(response: requests.Response, host: str, hint: str) -> RegistryError:
+    """The error that an answer other than success is, in the registry's own words.
+
+    `hint` is what else there is to say, or empty.
+    """
+    status = response.status_code
+    said = [f"{host} answered {status} {response.reason or ''}".rstrip(), _words(response), hint]
+    return RegistryError(
+        ": ".join(filter(None, said)),
+        transient=is_transient(status),
+        retry_after_s=_retry_after_s(response.headers.get("Retry-After")),
+    )
+
+
+# OpenSSL's reasons when what answers a ClientHello is no TLS.
+_PLAIN_HTTP = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """From the bottom up: what happened, then what it was wrapped in."""
+    below = error.__cause__ or error.__context__
+    if below is not None:
+        yield from _causes(below)
+    # Some wrap a cause without being raised from it.
+    for argument in error.args:
+        if isinstance(argument, BaseException) and argument is not below:
+            yield from _causes(argument)
+    yield error
+
+
+def _words(response: requests.Response) -> str:
+    """What the body says: https://github.com/opencontainers/distribution-spec#error-codes."""
+    try:
+        errors = orjson.loads(response.content)["errors"]
+        said = [f"{error.get('code', '')}: {error.get('message', '')}" for error in errors]
+        return _one_line("; ".join(word.strip(": ") for word in said))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        is_text = response.headers.get("Content-Type", "").startswith("text/plain")
+        return _one_line(response.text) if is_text else ""
+
+
+def _one_line(text: str) -> str:
+    words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return words if len(words) <= _LONGEST_WORDS else words[:_LONGEST_WORDS] + "…"
+
+
+def _retry_after_s(value: str | None) -> float | None:
+    """RFC 9110, 10.2.3: seconds, or a date."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        until = parsedate_to_datetime(value) - datetime.now(UTC)
+    except (ValueError, TypeError):  # TypeError: a date without a zone
+        return None
+    return max(0.0, until.total_seconds())

@@ -1,0 +1,1 @@
+"""The VM's own links to the world."""

@@ -1,0 +1,1 @@
+"""Commands in the VM and in containers: started, watched, fed, collected, ended."""

@@ -1,0 +1,129 @@
+"""Finding the file to execute, and saying why the kernel would not have it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.errors import AgentError
+from agent.processes.command import DEFAULT_PATH, Command
+from protocol.errors import ErrorCode
+
+# Opens a path for reading; what is wrong with it is its OSError.
+Opener = Callable[[str], int]
+
+# The interpreter of a script may be a script itself; the kernel follows four.
+_INTERPRETERS = 5
+
+# elf(5). Programs have about a dozen headers; a hostile image may claim any number.
+_PT_INTERP = 3
+_PROGRAM_HEADERS = 64
+
+
+def find_executable(command: Command) -> str:
+    """The path to execute for the command's first word, absolute or relative to its directory.
+
+    As execvp(3) has it: a word with a slash is a path, any other is searched for on the command's
+    own PATH, and a file that may not be executed is passed over for a later one that may.
+
+    Raises:
+        AgentError: SPAWN_FAILED, for a directory that is not there and for nothing to execute.
+    """
+    name = command.argv[0]
+    where = Path(command.directory)
+    if not where.is_dir():
+        problem = "is not a directory" if where.exists() else "does not exist"
+        raise AgentError(
+            ErrorCode.SPAWN_FAILED, f"start {name}: the workdir {command.directory} {problem}"
+        )
+    path = command.environment.get("PATH", DEFAULT_PATH)
+    if "/" in name:
+        candidates = [name]
+    else:
+        candidates = [f"{directory or '.'}/{name}" for directory in path.split(":") if name]
+    refusal = None
+    for candidate in candidates:
+        problem_here = _problem(where / candidate)
+        if problem_here is None:
+            return candidate
+        if problem_here != os.strerror(errno.ENOENT):
+            refusal = refusal or f"{candidate}: {problem_here}"
+    if refusal is None:
+        refusal = "not found" if "/" in name else f"not found on the PATH {path}"
+    raise AgentError(ErrorCode.SPAWN_FAILED, f"start {name}: {refusal}")
+
+
+def _problem(file: Path) -> str | None:
+    """Why a file cannot be executed, as far as its name and mode tell; None if it can."""
+    try:
+        mode = file.stat().st_mode
+    except NotADirectoryError:
+        return os.strerror(errno.ENOENT)
+    except OSError as error:
+        return error.strerror
+    if stat.S_ISDIR(mode):
+        return "is a directory"
+    if not stat.S_ISREG(mode):
+        return "not a regular file"
+    return None if os.access(file, os.X_OK) else "not executable"
+
+
+def explain_refusal(path: str, refusal: int, opener: Opener) -> str:
+    """In words, why execve(2) of ``path`` said ``refusal`` (an errno).
+
+    ``opener`` sees files as the refused process did. The kernel does not tell a missing program
+    from a missing interpreter; reading the file does.
+    """
+    if refusal in (errno.ENOENT, errno.EACCES):
+        try:
+            if blamed := _blamed_interpreter(path, opener):
+                return blamed
+        except (OSError, struct.error):
+            return os.strerror(refusal)
+    if refusal == errno.ENOEXEC:
+        return (
+            "exec format error: neither a program for this machine"
+            " nor a script that begins with #! and its interpreter"
+        )
+    return os.strerror(refusal)
+
+
+def _blamed_interpreter(path: str, opener: Opener) -> str | None:
+    for _ in range(_INTERPRETERS):
+        interpreter = _interpreter(path, opener)
+        if interpreter is None:
+            return None
+        try:
+            descriptor = opener(interpreter)
+        except OSError as error:
+            return f"bad interpreter: {interpreter!r}: {error.strerror}"
+        mode = os.fstat(descriptor).st_mode
+        os.close(descriptor)
+        if not stat.S_ISREG(mode) or not mode & 0o111:
+            return f"bad interpreter: {interpreter!r}: not executable"
+        path = interpreter
+    return "bad interpreter: too many scripts that interpret one another"
+
+
+def _interpreter(path: str, opener: Opener) -> str | None:
+    """What ``path`` says that it is run by: a script's ``#!`` line, an ELF's PT_INTERP."""
+    with os.fdopen(opener(path), "rb") as file:
+        head = file.read(256)
+        if head.startswith(b"#!"):
+            words = head[2:].split(b"\n", 1)[0].split()
+            return os.fsdecode(words[0]) if words else None
+        # ELF64, little-endian: of this machine, that is; others are refused with ENOEXEC.
+        if not head.startswith(b"\x7fELF\x02\x01"):
+            return None
+        offset, size, count = struct.unpack_from("<Q14xHH", head, 32)
+        for number in range(min(count, _PROGRAM_HEADERS)):
+            file.seek(offset + number * size)
+            kind, where, length = struct.unpack("<I4xQ16xQ", file.read(40))
+            if kind == _PT_INTERP:
+                file.seek(where)
+                return os.fsdecode(file.read(min(length, 4096)).rstrip(b"\0"))
+    return None

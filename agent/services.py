@@ -1,0 +1,162 @@
+"""What the agent has running: opened once, used by every handler, taken down in order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import attrs
+import trio
+
+from agent.config import AgentConfig
+from agent.errors import AgentError, cause_of, failing_as
+from agent.gate import Gate
+from agent.hangup import HangupWatch
+from agent.images.content_store import ContentStore
+from agent.images.layer import LayerStore
+from agent.images.overlay import Overlays
+from agent.images.puller import Puller
+from agent.images.registries import RegistrySettings
+from agent.network import links
+from agent.processes.container import ContainerRuntime
+from agent.processes.service import Processes, open_processes
+from agent.storage.disk import Disk
+from protocol import requests
+from protocol.errors import ErrorCode
+
+log = logging.getLogger(__name__)
+
+# Sync, unmount and power-off have to fit into a host's patience with them.
+STOP_GRACE_S = 1.5
+
+
+@attrs.frozen
+class Images:
+    """Everything that needs the storage to be mounted."""
+
+    store: ContentStore
+    layers: LayerStore
+    overlays: Overlays
+    puller: Puller
+
+
+@attrs.define(eq=False)
+class Services:
+    """The agent's long-lived parts. Those that are still coming up stand behind gates."""
+
+    config: AgentConfig
+    disk: Disk
+    hangups: HangupWatch
+    processes: Processes
+    containers: ContainerRuntime
+    images: Gate[Images] = attrs.field(factory=Gate)
+    network: Gate[None] = attrs.field(factory=Gate)
+    stopped: trio.Event = attrs.field(factory=trio.Event)
+    """Set when the machine may be powered off."""
+    _stopping: bool = False
+    _bringing_up: trio.Lock = attrs.field(factory=trio.Lock)
+
+    def refuse_when_stopping(self, kind: type) -> None:
+        """Raise for new work once a shutdown has begun; a second shutdown and a ping may pass."""
+        if self._stopping and kind not in (requests.Ping, requests.Shutdown):
+            raise AgentError(ErrorCode.INVALID_REQUEST, "the agent is shutting down")
+
+    async def bring_up_images(self) -> None:
+        """Mount the storage and open what is kept there; nothing changes where it is up.
+
+        Raises:
+            AgentError: the cause; those who wait at the gate are turned back with it.
+        """
+        async with self._bringing_up:
+            if self.images.is_open:
+                await trio.to_thread.run_sync(self.disk.bring_up)
+                return
+            try:
+                self.images.open(await trio.to_thread.run_sync(self._open_images))
+            except AgentError as error:
+                log.error("storage: %s", error.message)
+                self.images.fail(error)
+                raise
+
+    def _open_images(self) -> Images:
+        self.disk.bring_up()
+        storage = self.config.storage_dir
+        with failing_as(ErrorCode.MOUNT_FAILED, f"open the images in {storage}"):
+            store = ContentStore(storage)
+            layers = LayerStore(storage, mkfs_erofs=self.config.mkfs_erofs)
+            known = [layer for image in store.images() for layer in image.layers]
+            refused = layers.mount_all((layer.digest, layer.diff_id) for layer in known)
+            for digest, error in refused.items():
+                log.error("mount layer %s: %s", digest, cause_of(error))
+            overlays = Overlays(storage, layers)
+        settings = RegistrySettings(
+            insecure=self.config.insecure_registries, ca_files=self.config.registry_ca_files
+        )
+        return Images(store, layers, overlays, Puller(store, layers, settings))
+
+    async def bring_up_network(self) -> None:
+        """Configure the VM's interface, where the boot configuration says how; else it is as it
+        should be already."""
+        uplink = self.config.uplink
+        try:
+            if uplink is not None:
+                await trio.to_thread.run_sync(
+                    links.bring_up, uplink.address, uplink.gateway, uplink.nameservers
+                )
+            self.network.open(None)
+        except AgentError as error:
+            log.error("network: %s", error.message)
+            self.network.fail(error)
+
+    async def stop(self) -> None:
+        """End all work, write everything back and let the disk go, so that power may be cut.
+
+        Takes at most about 4 s; goes on past every single failure, and logs it.
+        """
+        self._stopping = True
+        await self.processes.stop_all(STOP_GRACE_S)
+        await trio.to_thread.run_sync(self._let_storage_go)
+
+    def _let_storage_go(self) -> None:
+        steps = [self.disk.let_go]
+        if self.images.is_open:
+            images = self.images.value
+            steps = [images.overlays.unmount_all, images.layers.unmount_all, *steps]
+        for step in steps:
+            try:
+                step()
+            except OSError as error:
+                log.error("shutdown: %s: %s", step.__qualname__, cause_of(error))
+
+
+@asynccontextmanager
+async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncIterator[Services]:
+    """Services whose storage and network come up in the background.
+
+    ``cgroup_root`` is the directory of cgroup2 below which commands run, if there is one. Leaving
+    ends what looks after things for the agent's own lifetime; it does not stop what runs or
+    unmount anything: that is ``stop``, and an agent that merely restarts finds it all again.
+    """
+    async with open_processes(cgroup_root) as processes, trio.open_nursery() as nursery:
+        with failing_as(ErrorCode.INTERNAL_ERROR, f"make {config.run_dir}"):
+            containers = ContainerRuntime.open(processes, config.run_dir, crun=config.crun)
+        services = Services(
+            config=config,
+            disk=Disk(config.storage_dir, config.storage_device, config.storage_in_memory),
+            hangups=HangupWatch(),
+            processes=processes,
+            containers=containers,
+        )
+        nursery.start_soon(services.hangups.run)
+        nursery.start_soon(_bring_up_at_boot, services)
+        nursery.start_soon(services.bring_up_network)
+        yield services
+        nursery.cancel_scope.cancel()
+
+
+async def _bring_up_at_boot(services: Services) -> None:
+    # Those who wait at the gate are told; the log has it already.
+    with suppress(AgentError):
+        await services.bring_up_images()

@@ -1,0 +1,147 @@
+"""One connection's conversation: read a request, have it answered, send the answer, again."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from typing import TypeVar
+
+import trio
+
+from agent import logs
+from agent.channel import Channel, Request
+from agent.connection import READ_BYTES, Connection, PeerGone
+from agent.errors import AgentError
+from agent.handlers import DROPPED, HANDLERS, OUTLIVE_THEIR_CONNECTION, QUIET
+from agent.services import Services
+from protocol import AgentRequest, AgentResponse, responses
+from protocol.errors import ErrorCode, FrameTooLarge, MalformedMessage
+
+log = logging.getLogger(__name__)
+
+# How long, and for how many bytes, a peer that sent an oversize frame is heard out, so that the
+# answer is not lost to the reset that closing on unread bytes causes.
+FAREWELL_S = 1.0
+FAREWELL_BYTES = 64 * 1024 * 1024
+
+Failure = TypeVar("Failure", bound=Exception)
+
+
+async def converse(connection: Connection, services: Services) -> None:
+    """Serve one connection until its peer is done or gone. The caller closes it.
+
+    A hang-up cancels what the connection was doing. Of the requests that still lie unread then,
+    only those are carried out that outlive their connection: a host that sends ``shutdown`` and
+    leaves at once still gets its shutdown.
+    """
+    channel = Channel(connection)
+    with trio.CancelScope() as conversation:
+        try:
+            with services.hangups.watching(connection.socket, conversation.cancel):
+                await _answer_requests(channel, services)
+        except FrameTooLarge as error:
+            await _refuse_and_hear_out(channel, connection.socket, error)
+        except PeerGone as error:
+            log.debug("the peer is gone: %s", error)
+            conversation.cancel()
+    if conversation.cancel_called:
+        await _carry_out_the_rest(channel, services)
+
+
+async def _answer_requests(channel: Channel, services: Services) -> None:
+    while True:
+        try:
+            envelope = await channel.next_request()
+        except MalformedMessage as error:
+            await channel.send(
+                responses.Error(message=str(error), code=ErrorCode.INVALID_REQUEST.value)
+            )
+            continue
+        if envelope is None:
+            return
+        await _answer(envelope, channel, services)
+
+
+async def _answer(envelope: Request, channel: Channel, services: Services) -> None:
+    request: AgentRequest = envelope.body
+    kind = type(request)
+    if kind in DROPPED:
+        # Left over after its session's end: an answer would be taken for the next request's.
+        return
+    token = logs.trace_id.set(envelope.trace_id)
+    try:
+        if kind in OUTLIVE_THEIR_CONNECTION:
+            with trio.CancelScope(shield=True):
+                answer = await _handle(request, channel, services)
+        else:
+            answer = await _handle(request, channel, services)
+        try:
+            await channel.send(answer)
+        finally:
+            channel.answered()
+    finally:
+        logs.trace_id.reset(token)
+
+
+async def _handle(request: AgentRequest, channel: Channel, services: Services) -> AgentResponse:
+    kind = type(request)
+    handler = HANDLERS[kind]
+    method = handler.__name__
+    begun = time.monotonic()
+    answer: AgentResponse
+    try:
+        services.refuse_when_stopping(kind)
+        answer = await handler(request, channel, services)
+    except Exception as error:
+        gone = _sole(PeerGone, error)
+        if gone is not None:
+            raise gone from None
+        refusal = _sole(AgentError, error)
+        if refusal is None:
+            log.exception("%s: internal error", method)
+            refusal = AgentError(
+                ErrorCode.INTERNAL_ERROR,
+                f"{method}: internal error; the agent's log on the VM's console tells the cause",
+            )
+        answer = responses.Error(message=refusal.message, code=refusal.code.value)
+    if kind not in QUIET:
+        log.info(
+            "%s: %s after %.1f ms",
+            method,
+            f"{answer.code}: {answer.message}" if isinstance(answer, responses.Error) else "done",
+            (time.monotonic() - begun) * 1000,
+        )
+    return answer
+
+
+def _sole(kind: type[Failure], error: BaseException) -> Failure | None:
+    """``error`` itself, or the first of a group of nothing else, as nurseries make them."""
+    while isinstance(error, BaseExceptionGroup):
+        if error.split(kind)[1] is not None:
+            return None
+        error = error.exceptions[0]
+    return error if isinstance(error, kind) else None
+
+
+async def _refuse_and_hear_out(channel: Channel, peer: socket.socket, error: FrameTooLarge) -> None:
+    await channel.send(responses.Error(message=str(error), code=ErrorCode.MESSAGE_TOO_LARGE.value))
+    with trio.move_on_after(FAREWELL_S):
+        peer.shutdown(socket.SHUT_WR)
+        heard = 0
+        while heard < FAREWELL_BYTES:
+            await trio.lowlevel.wait_readable(peer)
+            data = peer.recv(READ_BYTES)
+            if not data:
+                return
+            heard += len(data)
+
+
+async def _carry_out_the_rest(channel: Channel, services: Services) -> None:
+    with trio.CancelScope(shield=True):
+        while (envelope := channel.pending_request()) is not None:
+            if type(envelope.body) in OUTLIVE_THEIR_CONNECTION:
+                try:
+                    await _answer(envelope, channel, services)
+                except PeerGone:
+                    log.debug("nobody was left to hear the answer")

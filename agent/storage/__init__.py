@@ -1,0 +1,1 @@
+"""Where images and overlays are kept: the disk, its layout, its use."""

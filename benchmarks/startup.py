@@ -1,0 +1,116 @@
+"""How long the agent takes from exec to listening and to its first pong, and what it occupies.
+
+Both sides run on the image's own Python inside the image's tree, in a private mount namespace,
+natively. The reference is that Python starting and doing nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+
+from protocol import FrameDecoder, encode, encode_frame, requests
+
+PYTHON = ("/usr/bin/python3", "-I", "-S")
+LAUNCHER = "/usr/lib/innkeep/run_agent.py"
+ROUNDS = 15
+PING = encode_frame(encode(requests.Ping()))
+
+
+@attrs.frozen
+class Start:
+    """One start, in milliseconds from exec, and resident MiB before anything was pulled."""
+
+    listening_ms: float
+    first_pong_ms: float
+    resident_mib: float
+
+
+@contextmanager
+def tree_with_scratch(rootfs: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """A directory that the image's tree sees as /tmp, and the command that enters the tree."""
+    with tempfile.TemporaryDirectory() as scratch:
+        script = (
+            'mount --bind "$1" "$2/tmp" && shift && root=$1 && shift && exec chroot "$root" "$@"'
+        )
+        yield (
+            Path(scratch),
+            ("unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh")
+            + (scratch, str(rootfs)),
+        )
+
+
+def start_bare_python(enter: tuple[str, ...]) -> float:
+    """Milliseconds that the reference takes, the entering of the tree included."""
+    begun = time.perf_counter()
+    subprocess.run([*enter, *PYTHON, "-c", "pass"], check=True)
+    return (time.perf_counter() - begun) * 1000
+
+
+def start_nothing(enter: tuple[str, ...]) -> float:
+    """Milliseconds that entering the tree takes, to be taken off the others."""
+    begun = time.perf_counter()
+    subprocess.run([*enter, "/usr/bin/true"], check=True)
+    return (time.perf_counter() - begun) * 1000
+
+
+def start_agent(scratch: Path, enter: tuple[str, ...], entering_ms: float) -> Start:
+    """Start the agent once and end it; connects as a host does that probes a booting VM."""
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    inside = Path("/tmp") / folder.name
+    command = [*enter, *PYTHON, LAUNCHER, "--listen", f"unix:{inside}/socket"]
+    command += ["--storage", f"{inside}/storage", "--run-dir", f"{inside}/run"]
+    (folder / "storage").mkdir()
+    begun = time.perf_counter()
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as agent:
+        try:
+            with socket.socket(socket.AF_UNIX) as host:
+                while host.connect_ex(str(folder / "socket")) != 0:
+                    # A tenth of what is measured; a host has nothing better than to try again.
+                    time.sleep(0.0005)
+                listening = time.perf_counter()
+                host.sendall(PING)
+                decoder = FrameDecoder()
+                while decoder.next_frame() is None:
+                    decoder.receive_data(host.recv(4096))
+                pong = time.perf_counter()
+            resident_mib = _resident_mib(agent.pid)
+        finally:
+            agent.terminate()
+    shutil.rmtree(folder)
+    return Start(
+        (listening - begun) * 1000 - entering_ms, (pong - begun) * 1000 - entering_ms, resident_mib
+    )
+
+
+def _resident_mib(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    resident = next(line for line in lines if line.startswith("VmRSS:"))
+    return int(resident.split()[1]) / 1024
+
+
+def measure(rootfs: Path) -> None:
+    """Print the medians, interleaved with the reference."""
+    with tree_with_scratch(rootfs) as (scratch, enter):
+        rounds = []
+        for _ in range(ROUNDS):
+            entering_ms = start_nothing(enter)
+            bare_ms = start_bare_python(enter) - entering_ms
+            rounds.append((bare_ms, start_agent(scratch, enter, entering_ms)))
+    bare = statistics.median(bare_ms for bare_ms, _ in rounds)
+    listening = statistics.median(start.listening_ms for _, start in rounds)
+    pong = statistics.median(start.first_pong_ms for _, start in rounds)
+    resident = statistics.median(start.resident_mib for _, start in rounds)
+    print(f"bare interpreter             {bare:7.1f} ms")
+    print(f"exec to listening            {listening:7.1f} ms   {listening / bare:5.2f} times bare")
+    print(f"exec to first pong           {pong:7.1f} ms   {pong / bare:5.2f} times bare")
+    print(f"resident after the first pong {resident:6.1f} MiB")

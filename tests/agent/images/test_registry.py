@@ -1,0 +1,482 @@
+"""The registry's side of a pull: what is asked, what is believed, what is said when it fails."""
+
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+
+from agent.images.manifest import Descriptor
+from agent.images.reference import Reference, parse_reference
+from agent.images.registries import RegistryError, RegistrySettings
+from agent.images.registry import RegistryClient
+from initramfs.local_registry import LocalRegistry, local_registry
+from protocol.values import RegistryAuth
+from tests.support.layout import MANIFEST, Layout, digest_of, gzip_layer
+from tests.support.misbehaving_registry import (
+    Fault,
+    MisbehavingRegistry,
+    endless,
+    flipped,
+    misbehaving_registry,
+    redirect,
+    silent,
+    stalled,
+    status,
+)
+from tests.support.registry import push
+from tests.support.trees import archive, numbered
+
+AUTH = RegistryAuth("user", "correct horse")
+
+
+@pytest.fixture
+def server() -> Iterator[MisbehavingRegistry]:
+    with misbehaving_registry() as registry:
+        registry.add_image("latest", [gzip_layer(archive(numbered(1)))])
+        yield registry
+
+
+def client_of(
+    server: MisbehavingRegistry,
+    *,
+    auth: RegistryAuth | None = None,
+    proxy: str | None = None,
+    no_proxy: str | None = None,
+) -> RegistryClient:
+    settings = RegistrySettings(insecure=frozenset({server.address}))
+    reference = parse_reference(server.reference())
+    return RegistryClient(reference, settings, auth, proxy=proxy, no_proxy=no_proxy)
+
+
+def read(client: RegistryClient, digest: str, offset: int = 0) -> bytes:
+    with client.open_blob(digest, offset) as body:
+        assert body.offset == offset
+        return b"".join(body.blocks())
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A private CA's certificate, and a certificate and key of 127.0.0.1 by it, as PEM files."""
+    directory = tmp_path_factory.mktemp("certificates")
+    ca = trustme.CA()
+    issued = ca.issue_cert("127.0.0.1")
+    paths = {name: directory / f"{name}.pem" for name in ("ca", "certificate", "key")}
+    ca.cert_pem.write_to_path(str(paths["ca"]))
+    for position, part in enumerate(issued.cert_chain_pems):
+        part.write_to_path(str(paths["certificate"]), append=position > 0)
+    issued.private_key_pem.write_to_path(str(paths["key"]))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def https(certificates: dict[str, Path]) -> Iterator[LocalRegistry]:
+    with local_registry(
+        certificate=certificates["certificate"], key=certificates["key"]
+    ) as registry:
+        yield registry
+
+
+def pushed(registry: LocalRegistry, directory: Path) -> Reference:
+    layout = Layout(directory / "layout")
+    layout.tag("latest", layout.add_manifest([gzip_layer(archive(numbered(1)))], {}))
+    return parse_reference(push(registry, layout.directory, "latest", "some/image"))
+
+
+# What is asked
+
+
+def test_a_registry_with_a_private_ca_is_trusted_where_the_configuration_names_it(
+    https: LocalRegistry, certificates: dict[str, Path], tmp_path: Path
+) -> None:
+    reference = pushed(https, tmp_path)
+    settings = RegistrySettings(ca_files={reference.registry: certificates["ca"]})
+    with RegistryClient(reference, settings, None) as client:
+        data, _ = client.get_manifest("latest")
+        assert client.head_manifest("latest") == digest_of(data)
+
+
+def test_a_registry_with_a_private_ca_is_not_trusted_otherwise(
+    https: LocalRegistry, certificates: dict[str, Path], tmp_path: Path
+) -> None:
+    reference = pushed(https, tmp_path)
+    others = RegistrySettings(ca_files={"registry.example": certificates["ca"]})
+    with (
+        RegistryClient(reference, others, None) as client,
+        pytest.raises(RegistryError, match=f"--registry-ca {reference.registry}=FILE") as failed,
+    ):
+        client.get_manifest("latest")
+    assert "is not trusted" in str(failed.value)
+    assert not failed.value.transient
+
+
+def test_a_ca_file_that_is_not_there_is_named(https: LocalRegistry, tmp_path: Path) -> None:
+    reference = pushed(https, tmp_path)
+    missing = tmp_path / "missing.pem"
+    settings = RegistrySettings(ca_files={reference.registry: missing})
+    with (
+        RegistryClient(reference, settings, None) as client,
+        pytest.raises(RegistryError, match=f"CA file {missing} .*No such file"),
+    ):
+        client.get_manifest("latest")
+
+
+def test_plain_http_is_spoken_only_to_registries_that_the_configuration_names(
+    server: MisbehavingRegistry,
+) -> None:
+    reference = parse_reference(server.reference())
+    with (
+        RegistryClient(reference, RegistrySettings(), None) as client,
+        pytest.raises(RegistryError, match=f"add --insecure-registry {server.address}") as failed,
+    ):
+        client.get_manifest("latest")
+    assert not failed.value.transient
+    assert not server.requests
+
+
+def test_https_is_never_left_for_plain_http_by_a_redirect(
+    certificates: dict[str, Path], server: MisbehavingRegistry
+) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates["certificate"], certificates["key"])
+    with misbehaving_registry(tls=context) as secure:
+        secure.misbehave("manifests/latest", redirect(f"http://{server.address}/v2/x"))
+        settings = RegistrySettings(ca_files={secure.address: certificates["ca"]})
+        with (
+            RegistryClient(parse_reference(secure.reference()), settings, None) as client,
+            pytest.raises(RegistryError, match="which is not HTTPS"),
+        ):
+            client.get_manifest("latest")
+    assert not server.requests
+
+
+def test_docker_io_is_asked_at_its_real_host(server: MisbehavingRegistry) -> None:
+    with (
+        RegistryClient(
+            parse_reference("alpine"), RegistrySettings(), None, proxy=f"http://{server.address}"
+        ) as client,
+        pytest.raises(RegistryError),
+    ):
+        client.get_manifest("latest")
+    assert [request.method for request in server.requests] == ["CONNECT"]
+    assert server.requests[0].path == "registry-1.docker.io:443"
+
+
+def test_a_proxy_is_used_except_for_the_hosts_that_no_proxy_lists(
+    server: MisbehavingRegistry,
+) -> None:
+    with misbehaving_registry() as proxy:
+        settings = {"proxy": f"http://{proxy.address}"}
+        proxy.misbehave(f"http://{server.address}/v2/test/image/manifests/latest", status(404))
+        with client_of(server, **settings) as client, pytest.raises(RegistryError, match="404"):
+            client.get_manifest("latest")
+        assert len(proxy.requests) == 1
+        with client_of(server, **settings, no_proxy="x.example, 127.0.0.1") as client:
+            client.get_manifest("latest")
+        assert len(proxy.requests) == 1
+
+
+def test_a_proxy_that_does_not_answer_is_named_without_its_password(
+    server: MisbehavingRegistry,
+) -> None:
+    with (
+        client_of(server, proxy="http://user:secret@127.0.0.1:1") as client,
+        pytest.raises(RegistryError, match="connection to the proxy: Connection refused") as failed,
+    ):
+        client.get_manifest("latest")
+    assert "secret" not in str(failed.value)
+
+
+def test_the_environments_proxies_are_not_used(
+    server: MisbehavingRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with client_of(server) as client:
+        client.get_manifest("latest")
+
+
+# Credentials
+
+
+def test_a_token_is_got_for_anybody_where_the_registry_wants_one(
+    server: MisbehavingRegistry,
+) -> None:
+    server.authorization = "Bearer a-token"
+    server.challenge = bearer(server.address)
+    with client_of(server) as client:
+        client.get_manifest("latest")
+        client.get_manifest("latest")
+    paths = [request.path for request in server.requests]
+    assert paths == [
+        "manifests/latest",
+        "/token?service=the+service&scope=repository%3Atest%2Fimage%3Apull",
+        "manifests/latest",
+        "manifests/latest",
+    ]
+    assert "Authorization" not in server.requests[1].headers
+
+
+def test_an_expired_token_is_replaced(server: MisbehavingRegistry) -> None:
+    server.authorization, server.token = "Bearer first", "first"
+    server.challenge = bearer(server.address)
+    with client_of(server, auth=AUTH) as client:
+        client.get_manifest("latest")
+        server.authorization, server.token = "Bearer second", "second"
+        client.get_manifest("latest")
+    asked = [request for request in server.requests if request.path.startswith("/token")]
+    assert len(asked) == 2
+    assert {request.headers["Authorization"] for request in asked} == {BASIC}
+
+
+def test_credentials_are_given_to_a_registry_that_asks_for_them(
+    server: MisbehavingRegistry,
+) -> None:
+    server.authorization, server.challenge = BASIC, 'Basic realm="registry"'
+    with client_of(server, auth=AUTH) as client:
+        client.get_manifest("latest")
+    assert "Authorization" not in server.requests[0].headers
+
+
+def test_credentials_are_not_given_to_a_redirects_target(server: MisbehavingRegistry) -> None:
+    server.authorization, server.challenge = BASIC, 'Basic realm="registry"'
+    with misbehaving_registry() as elsewhere, client_of(server, auth=AUTH) as client:
+        digest = elsewhere.add_blob(b"content", "")["digest"]
+        client.get_manifest("latest")
+        target = f"http://{elsewhere.address}/v2/test/image/blobs/{digest}"
+        server.authorization = None
+        server.misbehave(f"blobs/{digest}", redirect(target), redirect(target))
+        assert read(client, digest) == b"content"
+        # Not even where it asks for them.
+        elsewhere.authorization, elsewhere.challenge = BASIC, 'Basic realm="elsewhere"'
+        with pytest.raises(RegistryError, match="401"):
+            read(client, digest)
+    assert server.requests[-1].headers["Authorization"] == BASIC
+    assert all("Authorization" not in request.headers for request in elsewhere.requests)
+
+
+def test_credentials_are_not_sent_over_plain_http_to_a_realm_elsewhere(
+    server: MisbehavingRegistry,
+) -> None:
+    server.authorization = "Bearer a-token"
+    server.challenge = bearer("localhost:1")
+    with (
+        client_of(server, auth=AUTH) as client,
+        pytest.raises(RegistryError, match="localhost:1/token', not HTTPS"),
+    ):
+        client.get_manifest("latest")
+
+
+def test_a_refused_token_is_told_in_the_token_servers_words(server: MisbehavingRegistry) -> None:
+    server.authorization, server.challenge = "Bearer a-token", bearer(server.address)
+    refused = status(401, {"errors": [{"code": "DENIED", "message": "wrong password"}]})
+    server.misbehave("/token", refused)
+    with (
+        client_of(server, auth=AUTH) as client,
+        pytest.raises(RegistryError, match="401 Unauthorized: DENIED: wrong password") as failed,
+    ):
+        client.get_manifest("latest")
+    assert not failed.value.transient
+    assert "the credentials were refused" in str(failed.value)
+    assert AUTH.password not in str(failed.value)
+
+
+def test_a_token_server_that_is_busy_may_be_asked_again(server: MisbehavingRegistry) -> None:
+    server.authorization, server.challenge = "Bearer a-token", bearer(server.address)
+    server.misbehave("/token", status(503))
+    with client_of(server) as client:
+        with pytest.raises(RegistryError, match="503") as failed:
+            client.get_manifest("latest")
+        assert failed.value.transient
+        client.get_manifest("latest")
+
+
+@pytest.mark.parametrize("answer", [b"[]", b"not json", b'{"token":5}', b'{"token":"a\\nb"}'])
+def test_an_answer_without_a_token_is_refused(answer: bytes, server: MisbehavingRegistry) -> None:
+    server.authorization, server.challenge = "Bearer a-token", bearer(server.address)
+    server.misbehave("/token", status(200, answer))
+    with client_of(server) as client, pytest.raises(RegistryError):
+        client.get_manifest("latest")
+
+
+# What is said
+
+
+@pytest.mark.parametrize(
+    ("code", "transient"),
+    [(400, False), (403, False), (404, False), (408, True), (429, True), (500, True), (503, True)],
+)
+def test_a_refusal_is_told_in_the_registrys_own_words(
+    code: int, transient: bool, server: MisbehavingRegistry
+) -> None:
+    words = {"errors": [{"code": "SOME_CODE", "message": "two\n lines\x07", "detail": {}}]}
+    server.misbehave("manifests/latest", status(code, words))
+    with client_of(server) as client, pytest.raises(RegistryError) as failed:
+        client.get_manifest("latest")
+    assert f"{server.address} answered {code} " in str(failed.value)
+    assert str(failed.value).endswith(": SOME_CODE: two lines")
+    assert failed.value.transient is transient
+
+
+def test_credentials_that_are_wanted_are_asked_for(server: MisbehavingRegistry) -> None:
+    server.authorization, server.challenge = BASIC, 'Basic realm="registry"'
+    with (
+        client_of(server) as client,
+        pytest.raises(RegistryError, match=r"who are you\?: it wants credentials$"),
+    ):
+        client.get_manifest("latest")
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("7", 7), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("soon", None), ("-5", None)],
+)
+def test_the_time_that_a_registry_asks_to_wait_is_passed_on(
+    value: str, seconds: float | None, server: MisbehavingRegistry
+) -> None:
+    server.misbehave("manifests/latest", status(429, Retry_After=value))
+    with client_of(server) as client, pytest.raises(RegistryError) as failed:
+        client.get_manifest("latest")
+    assert failed.value.retry_after_s == seconds
+
+
+def test_a_registry_that_is_not_there_is_told_from_one_that_refuses() -> None:
+    with misbehaving_registry() as gone:
+        pass
+    with client_of(gone) as client:
+        with pytest.raises(RegistryError, match=f"{gone.address}: Connection refused") as failed:
+            client.get_manifest("latest")
+        assert failed.value.unreachable
+        assert failed.value.transient
+
+
+def test_a_host_without_an_address_is_told() -> None:
+    reference = parse_reference("registry.invalid/x")
+    with (
+        RegistryClient(reference, RegistrySettings(), None) as client,
+        pytest.raises(RegistryError, match=r"cannot resolve registry\.invalid: ") as failed,
+    ):
+        client.get_manifest("latest")
+    assert failed.value.unreachable
+
+
+def test_redirects_in_a_circle_are_not_followed_for_ever(server: MisbehavingRegistry) -> None:
+    path = "manifests/latest"
+    again = redirect(f"http://{server.address}/v2/test/image/{path}")
+    server.misbehave(path, *[again] * 20)
+    with client_of(server) as client, pytest.raises(RegistryError, match="redirects without end"):
+        client.get_manifest("latest")
+    assert len(server.requests) == 11
+
+
+# What is believed
+
+
+def test_a_manifest_that_is_not_what_was_asked_for_is_refused(server: MisbehavingRegistry) -> None:
+    digest = server.add_manifest("other", b'{"schemaVersion":2}', MANIFEST)
+    server.misbehave(f"manifests/{digest}", flipped)
+    with (
+        client_of(server) as client,
+        pytest.raises(RegistryError, match=f"digest is sha256:.*, not {digest}"),
+    ):
+        client.get_manifest(digest)
+
+
+def test_a_manifest_that_is_not_what_the_registry_says_is_refused(
+    server: MisbehavingRegistry,
+) -> None:
+    promised = "sha256:" + "1" * 64
+    server.misbehave("manifests/latest", status(200, b"{}", Docker_Content_Digest=promised))
+    with client_of(server) as client, pytest.raises(RegistryError, match=f"not {promised}"):
+        client.get_manifest("latest")
+
+
+def test_a_config_of_another_size_or_digest_is_refused(server: MisbehavingRegistry) -> None:
+    found = server.add_blob(b"{}", "")
+    digest = found["digest"]
+    with client_of(server) as client:
+        for size, why in ((3, "ended after 2 of 3 bytes"), (1, "goes on after")):
+            with pytest.raises(RegistryError, match=why):
+                client.get_document(Descriptor("", digest, size))
+        server.misbehave(f"blobs/{digest}", flipped)
+        with pytest.raises(RegistryError, match="its digest is"):
+            client.get_document(Descriptor("", digest, 2))
+        assert client.get_document(Descriptor("", digest, 2)) == b"{}"
+
+
+@pytest.mark.parametrize("path", ["manifests/latest", "/token"])
+def test_a_document_without_end_is_not_read_to_its_end(
+    path: str, server: MisbehavingRegistry
+) -> None:
+    if path == "/token":
+        server.authorization, server.challenge = "Bearer a-token", bearer(server.address)
+    server.misbehave(path, endless)
+    with client_of(server) as client, pytest.raises(RegistryError, match="more than"):
+        client.get_manifest("latest")
+
+
+def test_a_manifest_larger_than_any_registry_takes_is_refused(server: MisbehavingRegistry) -> None:
+    server.add_manifest("large", b" " * ((4 << 20) + 1), MANIFEST)
+    with client_of(server) as client, pytest.raises(RegistryError, match="more than 4194304 bytes"):
+        client.get_manifest("large")
+
+
+# Blobs
+
+
+def test_a_blob_is_read_from_anywhere(server: MisbehavingRegistry) -> None:
+    data = bytes(range(256)) * 5000
+    digest = server.add_blob(data, "")["digest"]
+    with client_of(server) as client:
+        assert read(client, digest) == data
+        assert read(client, digest, 1_000_000) == data[1_000_000:]
+        with client.open_blob(digest, len(data)) as body:
+            assert body.offset == 0
+
+
+def test_requests_after_each_other_share_a_connection(server: MisbehavingRegistry) -> None:
+    digest = server.add_blob(b"x" * 100_000, "")["digest"]
+    with client_of(server) as client:
+        for _ in range(3):
+            client.get_manifest("latest")
+            read(client, digest)
+    assert len({request.client for request in server.requests}) == 1
+
+
+@pytest.mark.parametrize("fault", [silent, stalled(5)])
+def test_what_waits_for_a_silent_registry_ends_at_once_when_aborted(
+    fault: Fault, server: MisbehavingRegistry
+) -> None:
+    digest = server.add_blob(b"x" * 100, "")["digest"]
+    server.misbehave(f"blobs/{digest}", fault)
+    failures: list[RegistryError] = []
+    received: list[bytes] = []
+
+    def wait(client: RegistryClient) -> None:
+        try:
+            received.append(read(client, digest))
+        except RegistryError as error:
+            failures.append(error)
+
+    with client_of(server) as client:
+        waiting = threading.Thread(target=wait, args=(client,))
+        waiting.start()
+        assert server.stalled.wait(10)
+        client.abort()
+        waiting.join(5)
+        assert not waiting.is_alive()
+        assert failures or received == [b"x" * 5]
+        with pytest.raises(RegistryError, match=r"abort|cancelled|hung up"):
+            client.get_manifest("latest")
+
+
+def bearer(address: str) -> str:
+    return (
+        f'Bearer realm="http://{address}/token",service="the service",'
+        'scope="repository:test/image:pull"'
+    )
+
+
+BASIC = "Basic dXNlcjpjb3JyZWN0IGhvcnNl"

@@ -1,0 +1,48 @@
+"""The VM's interface, set up for real in a network namespace made for the test."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import ipaddress, pathlib, sys
+from agent.network.links import bring_up
+for _ in range(2):
+    bring_up(
+        ipaddress.ip_interface("10.0.2.15/24"),
+        ipaddress.ip_address("10.0.2.2"),
+        [ipaddress.ip_address("10.0.2.3")],
+        pathlib.Path(sys.argv[1]),
+    )
+"""
+
+
+def in_a_network_of_its_own(script: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        ["unshare", "--net", "sh", "-ec", script], capture_output=True, text=True, check=False
+    )
+
+
+def test_an_interface_gets_its_address_route_and_name_server_and_again_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "configure.py"
+    script.write_text(SCRIPT)
+    done = in_a_network_of_its_own(
+        "ip link add eth0 index 2 type veth peer name host index 3 && ip link set host up && "
+        f"PYTHONPATH=. {sys.executable} {script} {tmp_path}/resolv.conf && "
+        "ip -4 -brief address show eth0 && ip route"
+    )
+    assert done.returncode == 0, done.stderr
+    address, *routes = done.stdout.splitlines()
+    assert address.split()[0].startswith("eth0")
+    assert address.split()[2] == "10.0.2.15/24"
+    assert any(route.startswith("default via 10.0.2.2 dev eth0") for route in routes)
+    assert (tmp_path / "resolv.conf").read_text() == "nameserver 10.0.2.3\n"
+
+
+def test_a_vm_without_an_interface_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "configure.py"
+    script.write_text(SCRIPT)
+    done = in_a_network_of_its_own(f"PYTHONPATH=. {sys.executable} {script} {tmp_path}/resolv.conf")
+    assert "configure 10.0.2.15/24: the VM has no network interface" in done.stderr

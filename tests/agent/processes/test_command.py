@@ -1,0 +1,88 @@
+"""What a host asks for, as what is started."""
+
+import attrs
+import pytest
+
+from agent.errors import AgentError
+from agent.processes.bundle import hosts_file
+from agent.processes.command import Command, ContainerCommand
+from protocol.errors import ErrorCode
+from protocol.values import ImageInfo
+
+IMAGE = ImageInfo(
+    reference="docker.io/library/demo:latest",
+    digest="sha256:0",
+    size=0,
+    architecture="amd64",
+    os="linux",
+    layer_count=0,
+    layers=(),
+)
+
+
+def refusal(argv: tuple[str, ...], env: tuple[tuple[str, str], ...] = (), workdir: str = "") -> str:
+    with pytest.raises(AgentError) as raised:
+        Command.from_request(argv, env, workdir)
+    assert raised.value.code is ErrorCode.INVALID_REQUEST
+    return raised.value.message
+
+
+def test_what_no_program_can_be_given_is_refused_by_name() -> None:
+    assert "expected at least one word" in refusal(())
+    assert refusal(("a", "\0")).startswith("command:")
+    assert refusal(("a",), workdir="/\0").startswith("workdir:")
+    for name in ("", "A=B", "A\0"):
+        assert repr(name) in refusal(("a",), ((name, "secret"),))
+    message = refusal(("a",), (("TOKEN", "secret\0"),))
+    assert "TOKEN" in message
+    assert "secret" not in message
+
+
+def test_values_of_the_environment_are_not_shown() -> None:
+    command = Command.from_request(("a",), (("TOKEN", "secret"),))
+    assert "secret" not in repr(command)
+    assert "secret" not in repr(
+        ContainerCommand.from_request("demo", IMAGE, ("a",), (("TOKEN", "secret"),))
+    )
+
+
+def test_a_container_without_a_command_is_refused_in_words_that_hosts_know() -> None:
+    with pytest.raises(AgentError) as raised:
+        ContainerCommand.from_request("demo", IMAGE)
+    assert raised.value.code is ErrorCode.INVALID_REQUEST
+    assert raised.value.message == (
+        "no command given and image 'demo' defines no entrypoint or cmd"
+    )
+
+
+def test_a_command_replaces_the_images_entrypoint_and_cmd() -> None:
+    image = attrs.evolve(IMAGE, entrypoint=("entry",), cmd=("cmd",))
+    assert ContainerCommand.from_request("demo", image).argv == ("entry", "cmd")
+    assert ContainerCommand.from_request("demo", image, ("mine",)).argv == ("mine",)
+
+
+def test_an_images_variables_are_overridden_one_by_one() -> None:
+    image = attrs.evolve(IMAGE, env=("A=1", "B=x=y", "EMPTY=", "ODD", "=bad", "A=2"))
+    command = ContainerCommand.from_request("demo", image, ("a",), (("B", "mine"), ("C", "3")))
+    assert command.environment == {"A": "2", "B": "mine", "EMPTY": "", "C": "3"}
+
+
+def test_a_workdir_is_absolute() -> None:
+    assert Command.from_request(("a",)).directory == "/"
+    assert Command.from_request(("a",), workdir="x/y").directory == "/x/y"
+    of_image = attrs.evolve(IMAGE, workdir="srv")
+    assert ContainerCommand.from_request("demo", of_image, ("a",)).directory == "/srv"
+    assert ContainerCommand.from_request("demo", of_image, ("a",), workdir="/x").directory == "/x"
+
+
+@pytest.mark.parametrize(
+    ("of_vm", "expected"),
+    [
+        ("", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\tvm\n"),
+        ("127.0.0.1 localhost", "127.0.0.1 localhost\n127.0.1.1\tvm\n"),
+        ("127.0.0.1 localhost vm # me\n", "127.0.0.1 localhost vm # me\n"),
+        ("127.0.0.1 localhost # vm\n", "127.0.0.1 localhost # vm\n127.0.1.1\tvm\n"),
+    ],
+)
+def test_a_container_finds_its_own_name(of_vm: str, expected: str) -> None:
+    assert hosts_file(of_vm, "vm") == expected

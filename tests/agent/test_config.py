@@ -1,0 +1,119 @@
+"""What the agent makes of the words that it is started with."""
+
+import ipaddress
+from pathlib import Path
+
+import pytest
+
+from agent.bootwords import kernel_words, listen_argument
+from agent.config import AgentConfig, ConfigError
+
+ARGUMENTS = ["--listen", "unix:/tmp/a", "--storage", "/tmp/s", "--run-dir", "/tmp/r"]
+
+
+def test_the_kernels_command_line_configures_the_agent_of_a_vm() -> None:
+    config = AgentConfig.from_boot(
+        "console=ttyS0 quiet innkeep.storage=/dev/vda innkeep.insecure_registry=10.0.2.2:5000,r:80 "
+        "innkeep.ip=10.0.2.15/24 innkeep.gateway=10.0.2.2 innkeep.dns=10.0.2.3 "
+        "innkeep.vsock_peers=1",
+        {},
+        [],
+    )
+    assert config.in_image
+    assert config.listen == "vsock:6000"
+    assert config.storage_device == "/dev/vda"
+    assert config.insecure_registries == {"10.0.2.2:5000", "r:80"}
+    assert config.vsock_peers == {1}
+    assert config.uplink is not None
+    assert config.uplink.address == ipaddress.ip_interface("10.0.2.15/24")
+    assert config.uplink.gateway == ipaddress.ip_address("10.0.2.2")
+    assert config.uplink.nameservers == (ipaddress.ip_address("10.0.2.3"),)
+
+
+def test_in_namespaces_the_same_words_come_from_the_environment() -> None:
+    words = "innkeep.listen=unix:/run/host/a innkeep.storage=dir"
+    config = AgentConfig.from_boot("innkeep.storage=/dev/sda", {"INNKEEP_CMDLINE": words}, [])
+    assert config.listen == "unix:/run/host/a"
+    assert config.storage_device is None
+    assert not config.storage_in_memory
+
+
+def test_without_a_named_disk_storage_lives_in_memory() -> None:
+    config = AgentConfig.from_boot("quiet", {}, [])
+    assert config.storage_device is None
+    assert config.storage_in_memory
+
+
+def test_arguments_mean_that_the_machine_is_not_ours_whatever_its_kernel_was_told() -> None:
+    config = AgentConfig.from_boot("innkeep.storage=/dev/vda innkeep.ip=10.0.0.1/8", {}, ARGUMENTS)
+    assert not config.in_image
+    assert config.storage_device is None
+    assert config.uplink is None
+    assert config.storage_dir == Path("/tmp/s")
+    assert config.run_dir == Path("/tmp/r")
+
+
+def test_registries_may_be_repeated_as_arguments() -> None:
+    config = AgentConfig.from_boot(
+        "",
+        {},
+        [
+            *ARGUMENTS,
+            "--insecure-registry=a:1",
+            "--insecure-registry",
+            "b:2",
+            "--registry-ca=c:3=/etc/ca.pem",
+        ],
+    )
+    assert config.insecure_registries == {"a:1", "b:2"}
+    assert config.registry_ca_files == {"c:3": Path("/etc/ca.pem")}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("innkeep.storage=vda", "innkeep.storage=vda: expected a device, 'memory' or 'dir'"),
+        ("innkeep.ip=10.0.2", "innkeep.ip=10.0.2: "),
+        ("innkeep.vsock_peers=host", "innkeep.vsock_peers=host: "),
+        ("innkeep.insecure_registry=http://r", "expected HOST:PORT, without a scheme"),
+        ("innkeep.registry_ca=r:5000", "expected HOST:PORT=FILE"),
+        ("innkeep.log=loud", "expected one of DEBUG, INFO"),
+    ],
+)
+def test_a_word_that_means_nothing_is_named_with_what_was_expected(
+    word: str, expected: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        AgentConfig.from_boot(word, {}, [])
+    assert expected in str(refusal.value)
+
+
+def test_a_missing_argument_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        AgentConfig.from_boot("", {}, ["--listen", "unix:/tmp/a"])
+    assert end.value.code == 2
+    assert "--storage" in capsys.readouterr().err
+
+
+def test_words_that_nobody_reads_are_found() -> None:
+    config = AgentConfig.from_boot("quiet innkeep.stroage=/dev/vda innkeep.hostname=a", {}, [])
+    assert config.unknown_words == ("stroage",)
+
+
+def test_the_last_of_a_key_wins_and_quotes_fall_away() -> None:
+    assert kernel_words('innkeep.a=1 innkeep.b="x" a=2 innkeep.a=3') == {"a": "3", "b": "x"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "address"),
+    [
+        (["--listen", "unix:/a"], "unix:/a"),
+        (["--storage", "/s", "--listen=unix:/b"], "unix:/b"),
+        (["--listen"], None),
+        ([], None),
+    ],
+)
+def test_the_address_to_listen_on_is_found_without_a_parser(
+    argv: list[str], address: str | None
+) -> None:
+    assert listen_argument(argv) == address
