@@ -40,11 +40,17 @@ async def run(request: requests.Run, channel: Channel, services: Services) -> Ag
         binds=[Bind(str(services.disk.workspace), WORKSPACE)],
     )
     images = await services.images.passed(ErrorCode.RUN_FAILED)
-    async with images.overlays.ephemeral(image) as overlay:
-        collected = await services.containers.run(
-            command,
-            Path(overlay.rootfs_path),
-            stdin_data=request.stdin_data,
-            timeout_s=seconds(request.timeout_ms),
-        )
+    try:
+        async with images.overlays.ephemeral(image) as overlay:
+            collected = await services.containers.run(
+                command,
+                Path(overlay.rootfs_path),
+                stdin_data=request.stdin_data,
+                timeout_s=seconds(request.timeout_ms),
+            )
+    except AgentError as error:
+        if error.code is ErrorCode.OVERLAY_FAILED:
+            # What the host asked for was a container; the overlay is how we make one.
+            raise AgentError(ErrorCode.MOUNT_FAILED, error.message) from error
+        raise
     return completed(collected)

@@ -60,18 +60,15 @@ def parse(image: str, code: ErrorCode) -> Reference:
         raise AgentError(code, str(error)) from error
 
 
-async def stored_image(
-    image: str, services: Services, code: ErrorCode, absent: ErrorCode = ErrorCode.NOT_FOUND
-) -> StoredImage:
+async def stored_image(image: str, services: Services, code: ErrorCode) -> StoredImage:
     """The image of any spelling of its reference, from the store alone.
 
     Raises:
-        AgentError: ``absent`` where it is not there, ``code`` for a bad reference and for
-            storage that is not up.
+        AgentError: NOT_FOUND, or ``code`` for a bad reference and for storage that is not up.
     """
     reference = parse(image, code)
     images = await services.images.passed(code)
     found = images.store.find(reference)
     if found is None:
-        raise AgentError(absent, f"image not found: {image}; pull {reference} first")
+        raise AgentError(ErrorCode.NOT_FOUND, f"image not found: {image}; pull {reference} first")
     return found

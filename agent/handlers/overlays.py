@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.channel import Channel
-from agent.handlers.images import stored_image
+from agent.handlers.images import parse
 from agent.services import Services
 from protocol import AgentResponse, requests, responses
 from protocol.errors import ErrorCode
@@ -13,8 +13,10 @@ async def prepare_overlay(
     request: requests.PrepareOverlay, channel: Channel, services: Services
 ) -> AgentResponse:
     code = ErrorCode.OVERLAY_FAILED
-    image = await stored_image(request.image, services, code, absent=code)
+    reference = parse(request.image, code)
     images = await services.images.passed(code)
+    # An overlay that exists is pinned to its layers, and needs the image no more.
+    image = images.store.find(reference)
     return responses.Ok(await images.overlays.prepare(image, request.workload_id))
 
 
