@@ -40,7 +40,8 @@ def tree_with_scratch(rootfs: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """A directory that the image's tree sees as /tmp, and the command that enters the tree."""
     with tempfile.TemporaryDirectory() as scratch:
         script = (
-            'mount --bind "$1" "$2/tmp" && shift && root=$1 && shift && exec chroot "$root" "$@"'
+            'mount --bind "$1" "$2/tmp" && mount -t proc proc "$2/proc" && '
+            'shift && root=$1 && shift && exec chroot "$root" "$@"'
         )
         yield (
             Path(scratch),
@@ -75,6 +76,8 @@ def start_agent(scratch: Path, enter: tuple[str, ...], entering_ms: float) -> St
         try:
             with socket.socket(socket.AF_UNIX) as host:
                 while host.connect_ex(str(folder / "socket")) != 0:
+                    if agent.poll() is not None:
+                        raise RuntimeError(f"the agent ended with status {agent.returncode}")
                     # A tenth of what is measured; a host has nothing better than to try again.
                     time.sleep(0.0005)
                 listening = time.perf_counter()

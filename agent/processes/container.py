@@ -11,6 +11,7 @@ import shutil
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -33,6 +34,9 @@ SECCOMP_PROFILE = Path("/usr/share/containers/seccomp.json")
 
 # docker's limit on open files, which is what the kernel allows by default.
 _OPEN_FILES = 1024 * 1024
+
+# Containers that are being prepared or tidied away at the same time.
+_THREADS = 16
 
 # crun's exit status for its own failures, as for many a command.
 _CRUN_FAILED = 1
@@ -70,6 +74,7 @@ class ContainerRuntime:
     _seccomp_profile: Path
     _open_files: int
     _seccomp: OciProfile | None = None
+    _threads: trio.CapacityLimiter = attrs.field(factory=partial(trio.CapacityLimiter, _THREADS))
 
     @classmethod
     def open(
@@ -135,8 +140,11 @@ class ContainerRuntime:
                         timeout_s=timeout_s,
                         output_limit_bytes=output_limit_bytes,
                     )
+                    # Should crun itself have been killed, the container would go on without it.
+                    await process.end_tree()
             if collected.exit_code == _CRUN_FAILED:
-                await trio.to_thread.run_sync(_check_start, bundle, collected, command, rootfs)
+                check = partial(_check_start, bundle, collected, command, rootfs)
+                await trio.to_thread.run_sync(check, limiter=self._threads)
             return collected
 
     def _crun_run(self, bundle: Bundle) -> Command:
@@ -150,11 +158,13 @@ class ContainerRuntime:
     async def _bundle(self, command: ContainerCommand, rootfs: Path) -> AsyncIterator[Bundle]:
         bundle = Bundle(self._bundles / secrets.token_hex(8))
         try:
-            await trio.to_thread.run_sync(self._write_bundle, bundle, command, rootfs)
+            write = partial(self._write_bundle, bundle, command, rootfs)
+            await trio.to_thread.run_sync(write, limiter=self._threads)
             yield bundle
         finally:
+            remove = partial(self._remove_bundle, bundle)
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._remove_bundle, bundle)
+                await trio.to_thread.run_sync(remove, limiter=self._threads)
 
     def _write_bundle(self, bundle: Bundle, command: ContainerCommand, rootfs: Path) -> None:
         with failing_as(ErrorCode.RUN_FAILED, f"run {command.argv[0]}: prepare the container"):

@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import signal
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import trio
 
 from agent.errors import AgentError
+from agent.processes.cgroup import Cgroup
 from agent.processes.collect import OUTPUT_LIMIT_BYTES, Collected
 from agent.processes.command import Bind, ContainerCommand
 from agent.processes.container import ContainerRuntime
@@ -20,7 +22,7 @@ from protocol.errors import ErrorCode
 from protocol.values import ImageInfo
 from tests.support import tiny_programs
 from tests.support.lifelines import Lifeline, lifeline
-from tests.support.process_tree import children
+from tests.support.process_tree import children, innermost_pid
 
 PATIENCE_S = 30
 
@@ -218,6 +220,28 @@ async def test_the_container_ends_with_its_command(
         assert collected.stdout == b"done\n"
         await line.heard()
         assert not line.is_held()
+    assert_nothing_is_left(cgroup_root, tmp_path)
+
+
+async def test_a_container_does_not_outlive_a_crun_that_was_killed(
+    containers: Containers, processes: Processes, cgroup_root: Path, tmp_path: Path
+) -> None:
+    assert processes.tree is not None
+    ended: list[Collected] = []
+
+    async def run_held(line: Lifeline) -> None:
+        ended.append(await held(containers, line))
+
+    with lifeline(tmp_path) as line:
+        async with trio.open_nursery() as connection:
+            connection.start_soon(run_held, line)
+            await line.heard()
+            (cgroup,) = Cgroup.all_in(processes.tree.containers)
+            members = map(int, (cgroup.path / "cgroup.procs").read_text().split())
+            (crun,) = (pid for pid in members if innermost_pid(pid) == pid)
+            os.kill(crun, signal.SIGKILL)
+        assert not line.is_held()
+    assert [collected.exit_code for collected in ended] == [128 + signal.SIGKILL]
     assert_nothing_is_left(cgroup_root, tmp_path)
 
 

@@ -81,7 +81,7 @@ async def test_stopping_kills_what_does_not_want_to_go(
 ) -> None:
     with lifeline(tmp_path) as line, trio.fail_after(PATIENCE_S):
         async with trio.open_nursery() as connection:
-            stubborn = line.script("trap '' TERM; setsid sh -c 'trap \"\" TERM; sleep 1000'")
+            stubborn = "trap '' TERM; " + line.script("setsid sleep 1000 & sleep 1000")
             connection.start_soon(leave_to_be_killed, processes, stubborn)
             await line.heard()
             await processes.stop_all(grace_s=0.2)
