@@ -66,6 +66,11 @@ class BlobStore:
         """Whether a blob is there with all its bytes."""
         return _size_of(self.path(digest)) == size
 
+    def is_intact(self, digest: str) -> bool:
+        """Whether a blob that is there still has its digest: reads all of it."""
+        with self.path(digest).open("rb") as blob:
+            return hashlib.file_digest(blob, "sha256").hexdigest() == _hex(digest)
+
     def free_bytes(self) -> int:
         """What may still be written to the file system."""
         status = os.statvfs(self.directory)

@@ -92,9 +92,10 @@ class Decompression:
         Raises:
             DecompressionError: the stream is not at its end.
         """
-        if not self._started:
-            yield self._begin()
-        if self._member is not None:
+        held_back = b"" if self._started else self._begin()
+        if self._form == "plain":
+            yield held_back
+        elif held_back or self._member is not None:
             raise DecompressionError(f"its {self._form} stream ends too early")
 
     def _begin(self) -> bytes:

@@ -71,7 +71,9 @@ class LayerTransfer:
         if self._blobs.has(self._layer.digest, self._layer.size):
             try:
                 self._rebuild()
-            except DamagedBlob:
+            except (DamagedBlob, LayerError):
+                if self._blobs.is_intact(self._layer.digest):
+                    raise
                 # It was verified once; then the disk is to blame, and a fetched one is as good.
                 self._blobs.discard_layer(self._layer.digest)
             else:

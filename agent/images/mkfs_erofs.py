@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -26,6 +27,7 @@ _OPTIONS = (
 )
 _PACKAGE = "install erofs-utils 1.8.6 or newer (Debian: apt-get install erofs-utils)"
 _TOO_OLD = re.compile(r"unrecognized option|invalid extended option|unknown extended option")
+_LEVEL = re.compile(r"^<E> \w+:")
 _ERRNO = re.compile(r"\[Error (\d+)\]")
 
 _PIPE_BYTES = 1 << 20
@@ -119,7 +121,8 @@ class MkfsErofs:
                 self._wait()
             except BrokenPipeError:
                 self._end()
-                raise self._failure() from None
+                failure = self._failure()
+                raise failure from failure.__cause__
 
     def _wait(self) -> None:
         """Until there is room in the pipe; meanwhile mkfs.erofs may complain at length."""
@@ -146,10 +149,19 @@ class MkfsErofs:
         said = self._said.decode(errors="replace")
         if _TOO_OLD.search(said):
             return MkfsError(f"{self._program} is too old: {_PACKAGE}")
-        lines = [line.removeprefix("<E> erofs:").strip() for line in said.splitlines()]
-        error = MkfsError("mkfs.erofs: " + ("; ".join(lines) or f"ended with status {status}"))
-        found = _ERRNO.search(said)
-        if found is not None:
-            number = int(found[1])
-            error.__cause__ = OSError(number, os.strerror(number))
+        # Each line once, and the last word, "Could not format the device", only if it is the only.
+        lines = dict.fromkeys(_LEVEL.sub("", line).strip() for line in said.splitlines())
+        causes = [line for line in lines if line]
+        text = "; ".join(causes[:-1] or causes) or f"it ended with status {status}"
+        error = MkfsError(f"mkfs.erofs: {text}")
+        error.__cause__ = _os_error(said)
         return error
+
+
+def _os_error(said: str) -> OSError | None:
+    """What the operating system refused, as far as it can be told from the messages."""
+    for number in (errno.ENOSPC, errno.EDQUOT):  # also where it sums up with EIO
+        if os.strerror(number) in said:
+            return OSError(number, os.strerror(number))
+    found = _ERRNO.search(said)
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found is not None else None

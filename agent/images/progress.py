@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Iterable
 import attrs
 import trio
 
-# Between one and ten a second, with room for the last one.
+# Between one and ten a second, with room for a busy machine and for the last one.
 _SHORTEST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 0.8
+_LONGEST_PAUSE_S = 0.5
 
 
 @attrs.frozen

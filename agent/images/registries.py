@@ -16,7 +16,8 @@ class RegistrySettings:
     """How to reach particular registries, each named as in references: ``HOST`` or ``HOST:PORT``.
 
     ``insecure`` ones are spoken to by plain HTTP. ``ca_files`` are PEM files of certificates that
-    are trusted for one registry beside the system's. All others are HTTPS with the system's.
+    are trusted for one registry, or the token server of one, beside the system's. All else is
+    HTTPS with the system's.
     """
 
     insecure: frozenset[str] = frozenset()

@@ -29,7 +29,7 @@ from agent.images.blob_store import digest_of
 from agent.images.manifest import ACCEPTED_MANIFESTS, LARGEST_MANIFEST, Descriptor
 from agent.images.reference import DOCKER_HUB, Reference
 from agent.images.registries import RegistryError, RegistrySettings
-from agent.images.registry_failure import failure_of, refusal_of
+from agent.images.registry_failure import failure_of, host_of, refusal_of
 from agent.images.transport import Transport
 from protocol.values import RegistryAuth
 
@@ -89,7 +89,6 @@ class RegistryClient:
         # Lines of oras quote token servers' answers, and urllib3's have signed URLs in them.
         for name in ("oras", "urllib3"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._registry = reference.registry
         self._host = _HOSTS.get(reference.registry, reference.registry)
         self._insecure = reference.registry in settings.insecure
         self._auth = auth
@@ -98,9 +97,8 @@ class RegistryClient:
         self._asking_token: int | None = None  # the thread that does
         self._token_refusal: requests.Response | None = None
         self._transport = Transport(
-            self._host,
             plain_http=self._insecure,
-            ca_file=settings.ca_files.get(reference.registry),
+            ca_files={_HOSTS.get(name, name): file for name, file in settings.ca_files.items()},
             proxy=proxy,
             no_proxy=no_proxy,
         )
@@ -186,7 +184,7 @@ class RegistryClient:
             elif response.status_code == 200:
                 yield BlobBody(response, 0, self._host)
             else:
-                raise refusal_of(response, self._host, self._hint(response))
+                raise refusal_of(response, self._hint(response))
         finally:
             # Hands the connection back where the body was read to its end, and else closes it.
             response.close()
@@ -194,7 +192,7 @@ class RegistryClient:
     def _get(self, url: str, headers: dict[str, str]) -> requests.Response:
         response = self._send("GET", url, headers)
         if response.status_code != 200:
-            raise refusal_of(response, self._host, self._hint(response))
+            raise refusal_of(response, self._hint(response))
         return response
 
     def _send(
@@ -203,7 +201,7 @@ class RegistryClient:
         """Send a request, a second time with credentials where the registry asks for them."""
         used = self._authorization
         response = self._send_once(method, url, headers, used, stream)
-        if response.status_code == 401 and urlsplit(response.url).netloc == self._host:
+        if response.status_code == 401 and host_of(response.url) == self._host:
             challenge = response.headers.get("WWW-Authenticate", "")
             if self._authenticate(challenge, used):
                 response.close()
@@ -225,7 +223,7 @@ class RegistryClient:
                 method, url, headers=headers | credentials, stream=stream, allow_redirects=True
             )
         except _FAILURES as error:
-            raise failure_of(error, self._registry) from error
+            raise failure_of(error, self._host) from error
         return response
 
     # Authentication
@@ -269,7 +267,7 @@ class RegistryClient:
         finally:
             self._asking_token = None
         if self._token_refusal is not None:
-            raise refusal_of(self._token_refusal, realm.netloc, self._hint(self._token_refusal))
+            raise refusal_of(self._token_refusal, self._hint(self._token_refusal))
         if not isinstance(token, str) or not token.isprintable():
             raise RegistryError(f"{realm.netloc} answered with no token")
         return token

@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
 
 import orjson
 import requests
@@ -22,72 +23,81 @@ from agent.images.transport import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, TransportE
 from protocol.retry import is_transient
 
 _LONGEST_WORDS = 300
+_ERROR_BYTES = 4096
 
 
-def failure_of(error: BaseException, registry: str) -> RegistryError:
-    """The error of a request to `registry` that got no answer, or not the whole of it."""
+def failure_of(error: BaseException, host: str) -> RegistryError:
+    """The error of a request to `host`, or to where that leads, without a whole answer."""
     if isinstance(error, TransportError):
         return RegistryError(str(error))
     causes = list(_causes(error))
     if any(isinstance(cause, urllib3.exceptions.ProxyError) for cause in causes):
-        registry = "the proxy"
+        host = "the proxy"
+    elif isinstance(error, requests.RequestException) and error.request is not None:
+        host = host_of(error.request.url) or host
     for cause in causes:
         match cause:
             case socket.gaierror():
                 return RegistryError(
-                    f"cannot resolve {registry}: {cause.strerror}",
+                    f"cannot resolve {host}: {cause.strerror}",
                     transient=cause.errno == socket.EAI_AGAIN,
                     unreachable=True,
                 )
             case ssl.SSLCertVerificationError():
                 return RegistryError(
-                    f"{registry} is not trusted: {cause.verify_message}; if its CA is a private "
-                    f"one, add --registry-ca {registry}=FILE"
+                    f"{host} is not trusted: {cause.verify_message}; if its CA is a private one, "
+                    f"add --registry-ca {host}=FILE"
                 )
             case ssl.SSLError() if cause.reason in _PLAIN_HTTP:
                 return RegistryError(
-                    f"{registry} does not speak TLS; if it is meant to be used over plain HTTP, "
-                    f"add --insecure-registry {registry}"
+                    f"{host} does not speak TLS; if it is meant to be used over plain HTTP, "
+                    f"add --insecure-registry {host}"
                 )
             case ssl.SSLError():
-                return RegistryError(f"TLS with {registry}: {cause.reason or cause.strerror}")
+                return RegistryError(f"TLS with {host}: {cause.reason or cause.strerror}")
             case urllib3.exceptions.ConnectTimeoutError() | requests.ConnectTimeout():
                 return RegistryError(
-                    f"no connection to {registry} within {CONNECT_TIMEOUT_S} s",
+                    f"no connection to {host} within {CONNECT_TIMEOUT_S} s",
                     transient=True,
                     unreachable=True,
                 )
             case urllib3.exceptions.ReadTimeoutError() | requests.ReadTimeout():
                 return RegistryError(
-                    f"nothing came from {registry} for {READ_TIMEOUT_S} s",
+                    f"nothing came from {host} for {READ_TIMEOUT_S} s",
                     transient=True,
                     unreachable=True,
                 )
             case http.client.RemoteDisconnected():
-                return RegistryError(f"{registry} hung up without an answer", transient=True)
+                return RegistryError(f"{host} hung up without an answer", transient=True)
             case urllib3.exceptions.IncompleteRead() | http.client.IncompleteRead():
                 return RegistryError("the body ended early", transient=True)
             case OSError(errno=int()) if cause.strerror:
                 return RegistryError(
-                    f"connection to {registry}: {cause.strerror}",
+                    f"connection to {host}: {cause.strerror}",
                     transient=is_transient(cause),
                     unreachable=True,
                 )
             case http.client.HTTPException():
-                return RegistryError(f"{registry} does not speak HTTP: {_one_line(str(cause))}")
+                return RegistryError(f"{host} does not speak HTTP: {_one_line(str(cause))}")
             case requests.TooManyRedirects():
-                return RegistryError(f"{registry} redirects without end")
+                return RegistryError(f"{host} redirects without end")
     bottom = causes[0]
-    return RegistryError(f"{registry}: {_one_line(str(bottom)) or type(bottom).__name__}")
+    return RegistryError(f"{host}: {_one_line(str(bottom)) or type(bottom).__name__}")
 
 
-def refusal_of(response: requests.Response, host: str, hint: str) -> RegistryError:
+def host_of(url: str | None) -> str:
+    """``HOST[:PORT]`` of a URL, without the credentials that a redirect may have put there."""
+    return urlsplit(url or "").netloc.rpartition("@")[2]
+
+
+def refusal_of(response: requests.Response, hint: str) -> RegistryError:
     """The error that an answer other than success is, in the registry's own words.
 
     `hint` is what else there is to say, or empty.
     """
     status = response.status_code
-    said = [f"{host} answered {status} {response.reason or ''}".rstrip(), _words(response), hint]
+    answer = f"{host_of(response.url)} answered {status} {response.reason or ''}".rstrip()
+    said = [answer, _words(response), hint]
     return RegistryError(
         ": ".join(filter(None, said)),
         transient=is_transient(status),
@@ -115,11 +125,13 @@ def _words(response: requests.Response) -> str:
     """What the body says: https://github.com/opencontainers/distribution-spec#error-codes."""
     try:
         errors = orjson.loads(response.content)["errors"]
-        said = [f"{error.get('code', '')}: {error.get('message', '')}" for error in errors]
+        said = [f"{error.get('code', '')}: {error.get('message', '')}" for error in errors[:3]]
         return _one_line("; ".join(word.strip(": ") for word in said))
     except (ValueError, TypeError, KeyError, AttributeError):
         is_text = response.headers.get("Content-Type", "").startswith("text/plain")
-        return _one_line(response.text) if is_text else ""
+        return (
+            _one_line(response.content[:_ERROR_BYTES].decode(errors="replace")) if is_text else ""
+        )
 
 
 def _one_line(text: str) -> str:

@@ -168,7 +168,7 @@ class TarRewriter:
             or self._long_link
         )
 
-    def _passes(self, block: memoryview) -> bool:
+    def _passes(self, block: bytes | memoryview) -> bool:
         """Whether a block is the header of a new name that needs no rewriting; then it counts."""
         found = _PLAIN.fullmatch(block) if block[156] in _PLAIN_KINDS else None
         if found is None or self._collected or self._zeros or not self._is_between_entries:
@@ -218,7 +218,11 @@ class TarRewriter:
         return iter(())
 
     def _header(self, block: bytes) -> Iterator[Piece]:
+        if self._passes(block):  # it came in two pieces
+            return iter((block,))
         if block == _NO_HEADER:
+            if not self._is_between_entries:
+                raise TarError("names and attributes follow it, but no entry that they are of")
             self._zeros += 1
             return iter(())
         if self._zeros:

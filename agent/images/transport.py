@@ -9,7 +9,6 @@ import io
 import socket
 import ssl
 import threading
-import urllib.request
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from agent.images.no_proxy import bypasses_proxy
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 30
@@ -36,25 +37,23 @@ class TransportError(requests.RequestException):
 class Transport(HTTPAdapter):
     """The adapter of one session with one registry, for whatever hosts that leads to.
 
-    ``ca_file`` is trusted for ``registry`` (``HOST[:PORT]``) only, beside the system's CAs.
-    Without ``plain_http`` nothing goes over plain HTTP, a redirect's target neither. ``no_proxy``
-    lists hosts as the environment variable of that name does.
+    ``ca_files`` are trusted each for one ``HOST[:PORT]`` only, beside the system's CAs. Without
+    ``plain_http`` nothing goes over plain HTTP, a redirect's target neither. ``no_proxy`` lists
+    hosts as the environment variable of that name does.
 
     Any thread may send, and any may call `abort`.
     """
 
     def __init__(
         self,
-        registry: str,
         *,
         plain_http: bool,
-        ca_file: Path | None,
+        ca_files: Mapping[str, Path],
         proxy: str | None,
         no_proxy: str | None,
     ) -> None:
-        self._registry = registry
         self._plain_http = plain_http
-        self._ca_file = ca_file
+        self._ca_files = ca_files
         self._proxies = {"http": proxy, "https": proxy} if proxy else {}
         self._no_proxy = no_proxy or ""
         self._lock = threading.Lock()
@@ -102,8 +101,7 @@ class Transport(HTTPAdapter):
     ) -> tuple[Any, Any]:
         host, tls = super().build_connection_pool_key_attributes(request, True, None)
         if host["scheme"] == "https":
-            own = self._ca_file if urlsplit(request.url).netloc == self._registry else None
-            tls["ssl_context"] = self._context(own)
+            tls["ssl_context"] = self._context(urlsplit(_url_of(request)).netloc)
         return host, tls
 
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
@@ -118,16 +116,16 @@ class Transport(HTTPAdapter):
         cert: Any = None,
         proxies: Mapping[str, str] | None = None,
     ) -> requests.Response:
-        url = urlsplit(request.url)
-        if url.scheme != "https" and not self._plain_http:
-            raise TransportError(f"it leads to {url.scheme}://{url.netloc}, which is not HTTPS")
-        host = url.netloc.rpartition("@")[2]
-        bypassed = urllib.request.proxy_bypass_environment(host, {"no": self._no_proxy})
+        url = _url_of(request)
+        scheme, netloc = urlsplit(url)[:2]
+        host = netloc.rpartition("@")[2]
+        if scheme != "https" and not self._plain_http:
+            raise TransportError(f"it leads to {scheme}://{host}, which is not HTTPS")
         response = super().send(
             request,
             stream=True,
             timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
-            proxies={} if bypassed else self._proxies,
+            proxies={} if bypasses_proxy(url, self._no_proxy) else self._proxies,
         )
         # These are read to their end, so they have to have one. What a streaming request was
         # made for is bounded by its reader.
@@ -140,7 +138,8 @@ class Transport(HTTPAdapter):
             response.raw = io.BytesIO(body)
         return response
 
-    def _context(self, ca_file: Path | None) -> ssl.SSLContext:
+    def _context(self, host: str) -> ssl.SSLContext:
+        ca_file = self._ca_files.get(host)
         with self._lock:
             if ca_file not in self._contexts:
                 # Takes some 30 ms, so it is made when it is first needed.
@@ -151,10 +150,16 @@ class Transport(HTTPAdapter):
                         context.load_verify_locations(ca_file)
                     except OSError as error:  # ssl.SSLError too
                         raise TransportError(
-                            f"CA file {ca_file} of {self._registry}: {error.strerror}"
+                            f"CA file {ca_file} of {host}: {error.strerror}"
                         ) from error
                 self._contexts[ca_file] = context
             return self._contexts[ca_file]
+
+
+def _url_of(request: requests.PreparedRequest) -> str:
+    # As types go it may be missing or bytes; in a request that is sent it is neither.
+    assert isinstance(request.url, str)
+    return request.url
 
 
 def _tracking_pools(transport: Transport) -> dict[str, type[HTTPConnectionPool]]:

@@ -5,7 +5,8 @@ from typing import get_args, get_type_hints
 import pytest
 
 from agent.handlers import DROPPED, HANDLERS, OUTLIVE_THEIR_CONNECTION, QUIET
-from protocol import AgentRequest, requests
+from protocol import AgentRequest
+from protocol.codec import wire_name
 
 REQUESTS = frozenset(get_args(AgentRequest))
 
@@ -15,10 +16,10 @@ def test_each_request_is_answered_or_dropped_and_none_both() -> None:
     assert set(HANDLERS) & DROPPED == set()
 
 
-@pytest.mark.parametrize("kind", HANDLERS, ids=requests.method_of)
+@pytest.mark.parametrize("kind", HANDLERS, ids=wire_name)
 def test_a_handler_bears_the_name_of_its_method_and_takes_its_request(kind: type) -> None:
     handler = HANDLERS[kind]
-    assert handler.__name__ == requests.method_of(kind)
+    assert handler.__name__ == wire_name(kind)
     takes = get_type_hints(handler)["request"]
     assert takes in (kind, object)
 

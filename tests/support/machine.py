@@ -1,0 +1,205 @@
+"""Agents to talk to: the image booted by `initramfs.boot`, or the agent alone as a process."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import IO
+
+from attrs import frozen
+
+from tests.support.commands import CommandError, run
+from tests.support.process_tree import arguments, children, descendants, innermost_pid
+
+PROJECT = Path(__file__).parents[2]
+PATIENCE_S = 30
+LOOPBACK_IN_VM = "10.0.2.2"  # what QEMU's user network calls this machine's loopback
+
+
+@frozen
+class Machine:
+    """A booted image.
+
+    `address` is for `open_client`, `storage` the directory or disk file that it was given,
+    `console` the file that its console goes to, `pid` the process of `initramfs.boot`, and
+    `registry_host` the name of this machine's loopback as seen from inside.
+    """
+
+    address: str
+    pid: int
+    storage: Path
+    console: Path
+    registry_host: str
+    _process: "subprocess.Popen[bytes]"
+
+    def console_text(self) -> str:
+        return self.console.read_text(errors="replace")
+
+    def wait(self) -> int:
+        """Block until the machine has ended by itself; the status of `initramfs.boot`."""
+        return self._process.wait(PATIENCE_S)
+
+    def init_pid(self) -> int:
+        """The machine's PID 1, by its number here. Only for machines made of namespaces."""
+        return next(pid for pid in descendants(self.pid) if innermost_pid(pid) == 1)
+
+    def agent_pid(self) -> int:
+        """The agent's process, by its number here. Only for machines made of namespaces."""
+        (pid,) = (
+            child
+            for child in children(self.init_pid())
+            if any(b"agent" in word for word in arguments(child))
+        )
+        return pid
+
+    def agents_open_files(self) -> int:
+        """How many descriptors the agent has open."""
+        return sum(1 for _ in Path(f"/proc/{self.agent_pid()}/fd").iterdir())
+
+    def path(self, inside: str) -> Path:
+        """A path of this machine for one that is `inside`. Only for machines of namespaces."""
+        return Path(f"/proc/{self.init_pid()}/root") / inside.lstrip("/")
+
+
+@contextmanager
+def booted(
+    directory: Path,
+    *,
+    kind: str = "namespaces",
+    storage: Path | None = None,
+    storage_mib: int | None = None,
+    insecure_registries: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> Iterator[Machine]:
+    """Boot the image until the block is left; sockets and console go to `directory`.
+
+    `kind` and `options` are for `initramfs.boot`. With `storage_mib` the storage directory is a
+    file system of that size, seen by the machine only. Blocks until the agent has answered a ping.
+    Raises CommandError with the end of the console where it does not.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    console = directory / "console.log"
+    if storage is None:
+        storage = directory / "storage"
+        storage.mkdir(exist_ok=True)
+    argv = [
+        *(_on_small_disk(storage, storage_mib) if storage_mib is not None else ()),
+        sys.executable,
+        "-m",
+        "initramfs.boot",
+        f"--machine={kind}",
+        f"--socket={directory / 'agent.sock'}",
+        f"--storage={storage}",
+        f"--console={console}",
+        *(f"--insecure-registry={address}" for address in insecure_registries),
+        *options,
+    ]
+    with _started(argv) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline().decode().strip()
+        if not line.startswith("ready "):
+            process.wait(PATIENCE_S)
+            said = console.read_text(errors="replace")[-4000:] if console.exists() else ""
+            raise CommandError(f"{' '.join(argv)}: printed {line!r}, no `ready`: {said}")
+        yield Machine(
+            address=line.removeprefix("ready "),
+            pid=process.pid,
+            storage=storage,
+            console=console,
+            registry_host="127.0.0.1" if kind == "namespaces" else LOOPBACK_IN_VM,
+            process=process,
+        )
+
+
+@contextmanager
+def agent_alone(
+    directory: Path,
+    *,
+    options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Machine]:
+    """Run `python -m agent` natively on a unix socket, without the image, for the block.
+
+    Yields when its log says that it serves; raises CommandError with the log where it ends before.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    storage = directory / "storage"
+    storage.mkdir(exist_ok=True)
+    console = directory / "console.log"
+    address = f"unix:{directory / 'agent.sock'}"
+    argv = [
+        sys.executable,
+        "-m",
+        "agent",
+        f"--listen={address}",
+        f"--storage={storage}",
+        f"--run-dir={directory / 'run'}",
+        *options,
+    ]
+    with _started(argv, stderr=subprocess.PIPE, env=env) as process:
+        serving: Future[None] = Future()
+        assert process.stderr is not None
+        tee = Thread(target=_copy_log, args=(process.stderr, console, serving), daemon=True)
+        tee.start()
+        serving.result()
+        yield Machine(
+            address=address,
+            pid=process.pid,
+            storage=storage,
+            console=console,
+            registry_host="127.0.0.1",
+            process=process,
+        )
+
+
+def _on_small_disk(directory: Path, mib: int) -> list[str]:
+    """The words before a command that is to find a file system of its own there."""
+    disk = directory.with_name(f"{directory.name}.ext4")
+    with disk.open("wb") as file:
+        file.truncate(mib << 20)
+    run("mkfs.ext4", "-q", "-O", "^has_journal", "-m", "0", disk)
+    # The loop device goes with the mount, and that with the last process of the namespace.
+    mount = f'mount -o loop "{disk}" "{directory}" && exec "$@"'
+    return ["unshare", "--mount", "--propagation=private", "sh", "-c", mount, "sh"]
+
+
+@contextmanager
+def _started(
+    argv: Sequence[str], *, stderr: int | None = None, env: Mapping[str, str] | None = None
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """Run a program for the block; SIGTERM and, after a while, SIGKILL end it."""
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        cwd=PROJECT,
+        env=None if env is None else {**os.environ, **env},
+        # ^C in a test run is for pytest, which then ends the machine in good order.
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+
+
+def _copy_log(log: IO[bytes], copy: Path, serving: "Future[None]") -> None:
+    with copy.open("ab", buffering=0) as file:
+        for line in log:
+            file.write(line)
+            if b"serving on" in line and not serving.done():
+                serving.set_result(None)
+    if not serving.done():
+        said = copy.read_text(errors="replace")
+        serving.set_exception(CommandError(f"the agent ended before it served: {said}"))
