@@ -48,7 +48,7 @@ bench: setup-test image
 
 lock: setup-run
 	initramfs/lock-python $(BIN)/uv
-	$(SUDO) $(BIN)/python -m initramfs.lock
+	$(SUDO) $(BIN)/python -m initramfs.build --lock
 
 clean:
 	$(SUDO) rm -rf build .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -79,6 +79,13 @@ class Services:
                 log.error("storage: %s", error.message)
                 self.images.fail(error)
                 raise
+            except Exception as error:
+                log.exception("storage: internal error")
+                failure = AgentError(
+                    ErrorCode.INTERNAL_ERROR, f"bring up the storage: {cause_of(error)}"
+                )
+                self.images.fail(failure)
+                raise failure from error
 
     def _open_images(self) -> Images:
         self.disk.bring_up()
@@ -98,7 +105,7 @@ class Services:
 
     async def bring_up_network(self) -> None:
         """Configure the VM's interface, where the boot configuration says how; else it is as it
-        should be already."""
+        should be already. What fails is logged, and told to those who wait at the gate."""
         uplink = self.config.uplink
         try:
             if uplink is not None:
@@ -109,6 +116,12 @@ class Services:
         except AgentError as error:
             log.error("network: %s", error.message)
             self.network.fail(error)
+        except Exception as error:
+            # A VM whose network is broken is best mended through the agent that serves on vsock.
+            log.exception("network: internal error")
+            self.network.fail(
+                AgentError(ErrorCode.INTERNAL_ERROR, f"configure the network: {cause_of(error)}")
+            )
 
     async def stop(self) -> None:
         """End all work, write everything back and let the disk go, so that power may be cut.

@@ -67,11 +67,12 @@ class Place:
 class LayerTree:
     """The names of one layer, as the entries so far make them."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
         self.root = Directory()
         self.spelled = {b"": self.root}
         """Directories by the spellings that mkfs.erofs resolves as we do: without links."""
         self._count = 0
+        self._max_entries = max_entries
 
     def place(self, path: bytes) -> Place:
         """Where an entry of that path goes, making the directories above it.
@@ -116,8 +117,8 @@ class LayerTree:
     def count_entry(self) -> None:
         """One more name; raises TarError when they are too many."""
         self._count += 1
-        if self._count > MAX_ENTRIES:
-            raise TarError(f"the layer has more than {MAX_ENTRIES:,} entries")
+        if self._count > self._max_entries:
+            raise TarError(f"the layer has more than {self._max_entries:,} entries")
 
     def directories(self) -> Iterator[tuple[bytes, Directory]]:
         """All directories with their paths, `b""` being the root; parents before children."""

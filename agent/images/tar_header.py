@@ -40,6 +40,8 @@ _XATTR_NAME = re.compile(
 )
 # What overlayfs keeps for itself comes from whiteouts only: a layer's own could point anywhere.
 _XATTR_OF_OVERLAYFS = b"trusted.overlay."
+# mkfs.erofs 1.8.6 ends with EIO above 32 KiB an entry; most file systems have less.
+_MAX_XATTR_BYTES = 31 << 10
 
 # Most headers: no device, no prefix, and numbers of the usual widths.
 _COMMON = re.compile(
@@ -197,6 +199,8 @@ def validate(header: Header) -> None:
         raise TarError("its size is negative")
     if not (0 <= header.uid <= _MAX_ID and 0 <= header.gid <= _MAX_ID):
         raise TarError(f"its owner is {header.uid}:{header.gid}, beyond 32 bits")
+    if sum(len(name) + len(value) + 8 for name, value in header.xattrs.items()) > _MAX_XATTR_BYTES:
+        raise TarError(f"it has more than {_MAX_XATTR_BYTES >> 10} KiB of extended attributes")
     if not (0 <= header.major <= _MAX_MAJOR and 0 <= header.minor <= _MAX_MINOR):
         raise TarError(f"its device number is {header.major}:{header.minor}, beyond 12:20 bits")
 

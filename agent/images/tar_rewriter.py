@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 from agent.images.layer_entries import WHITEOUT_PREFIX, enter, root
-from agent.images.layer_tree import Directory, LayerTree
+from agent.images.layer_tree import MAX_ENTRIES, Directory, LayerTree
 from agent.images.sparse import (
     MAX_EXTENTS,
     MAX_HOLE_BYTES,
@@ -78,8 +78,8 @@ class TarRewriter:
     holes. It is of no more use after an error.
     """
 
-    def __init__(self) -> None:
-        self.tree = LayerTree()
+    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
+        self.tree = LayerTree(max_entries)
         self._entry = b""
         self._begun = False
         self._zeros = 0

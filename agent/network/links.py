@@ -3,39 +3,75 @@
 from __future__ import annotations
 
 import ipaddress
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from agent.errors import AgentError
+from agent.errors import failing_as
 from protocol.errors import ErrorCode
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
+
+RESOLV_CONF = Path("/etc/resolv.conf")
+IFF_LOOPBACK = 0x8
+# Under emulation the import alone takes seconds.
+LIMIT_S = 60
 
 
 def bring_up(
-    interface: ipaddress.IPv4Interface | ipaddress.IPv6Interface,
+    interface: Interface,
     gateway: Address | None,
     nameservers: Sequence[Address],
-    resolv_conf: Path = Path("/etc/resolv.conf"),
+    resolv_conf: Path = RESOLV_CONF,
 ) -> None:
     """Give the VM's first network interface its address, a default route, and name servers.
 
-    Done already, it changes nothing, so that a restarted agent may call it again. Blocks: the
-    import alone takes longer than the calls.
+    Done already, it changes nothing, so that a restarted agent may call it again. Blocks.
+
+    pyroute2 is used in a process of its own: importing it takes longer than the agent's whole
+    start, would hold up the first answers that long, and leaves 15 MB behind for three calls.
 
     Raises:
-        AgentError: there is no interface, or the kernel refused; names the interface.
+        AgentError: INTERNAL_ERROR: there is no interface, or the kernel refused; says which.
     """
+    doing = f"configure the network with {interface}"
+    program = (
+        "import sys; sys.path[:] = sys.argv.pop(1).split(':'); "
+        "from agent.network.links import main; main()"
+    )
+    found_in = ":".join(filter(None, sys.path))
+    words = [found_in, str(interface), str(gateway or "")]
+    with failing_as(ErrorCode.INTERNAL_ERROR, doing):
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", program, *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            timeout=LIMIT_S,
+        )
+        if nameservers:
+            resolv_conf.write_text("".join(f"nameserver {server}\n" for server in nameservers))
+
+
+def main() -> None:
+    """The process of its own: arguments are the interface and the gateway, which may be empty."""
+    interface, gateway = sys.argv[1:]
+    sys.exit(_configure(ipaddress.ip_interface(interface), gateway))
+
+
+def _configure(interface: Interface, gateway: str) -> str | None:
+    """Set up the first interface that is not the loopback; what was refused, or None."""
     from pyroute2 import IPRoute
     from pyroute2.netlink.exceptions import NetlinkError
 
     with IPRoute() as netlink:
-        links = [link for link in netlink.get_links() if not _is_loopback(link)]
+        links = [link for link in netlink.get_links() if not link["flags"] & IFF_LOOPBACK]
         if not links:
-            raise AgentError(
-                ErrorCode.INTERNAL_ERROR, f"configure {interface}: the VM has no network interface"
-            )
-        link = min(links, key=lambda each: each["index"])
+            return "the VM has no network interface"
+        link: Any = min(links, key=lambda each: each["index"])
         try:
             netlink.link("set", index=link["index"], state="up")
             netlink.addr(
@@ -44,20 +80,8 @@ def bring_up(
                 address=str(interface.ip),
                 prefixlen=interface.network.prefixlen,
             )
-            if gateway is not None:
-                netlink.route("replace", dst="default", gateway=str(gateway), oif=link["index"])
+            if gateway:
+                netlink.route("replace", dst="default", gateway=gateway, oif=link["index"])
         except NetlinkError as error:
-            name = link.get_attr("IFLA_IFNAME")
-            raise AgentError(
-                ErrorCode.INTERNAL_ERROR, f"configure {name} with {interface}: {error}"
-            ) from error
-    if nameservers:
-        lines = "".join(f"nameserver {server}\n" for server in nameservers)
-        resolv_conf.write_text(lines)
-
-
-IFF_LOOPBACK = 0x8
-
-
-def _is_loopback(link: object) -> bool:
-    return bool(link["flags"] & IFF_LOOPBACK)  # type: ignore[index]  # pyroute2 is untyped
+            return f"{link.get_attr('IFLA_IFNAME')}: {error}"
+    return None

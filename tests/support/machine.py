@@ -73,14 +73,16 @@ def booted(
     kind: str = "namespaces",
     storage: Path | None = None,
     storage_mib: int | None = None,
+    in_memory: bool = False,
     insecure_registries: Sequence[str] = (),
     options: Sequence[str] = (),
 ) -> Iterator[Machine]:
     """Boot the image until the block is left; sockets and console go to `directory`.
 
     `kind` and `options` are for `initramfs.boot`. With `storage_mib` the storage directory is a
-    file system of that size, seen by the machine only. Blocks until the agent has answered a ping.
-    Raises CommandError with the end of the console where it does not.
+    file system of that size, seen by the machine only; `in_memory` gives it no storage.
+    Blocks until the agent has answered a ping. Raises CommandError with the end of the console
+    where it does not.
     """
     directory.mkdir(parents=True, exist_ok=True)
     console = directory / "console.log"
@@ -94,7 +96,7 @@ def booted(
         "initramfs.boot",
         f"--machine={kind}",
         f"--socket={directory / 'agent.sock'}",
-        f"--storage={storage}",
+        *([] if in_memory else [f"--storage={storage}"]),
         f"--console={console}",
         *(f"--insecure-registry={address}" for address in insecure_registries),
         *options,

@@ -30,6 +30,15 @@ def arguments(pid: int) -> list[bytes]:
         return []
 
 
+def is_running(pid: int) -> bool:
+    """Whether it has not ended; one that only waits for being reaped has."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
 def innermost_pid(pid: int) -> int | None:
     """Its number in the pid namespace that it lives in; None when it has ended."""
     try:

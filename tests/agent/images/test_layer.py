@@ -100,6 +100,13 @@ def test_an_empty_archive_is_an_empty_layer(layers: LayerStore) -> None:
         assert stat.S_IMODE(root.stat().st_mode) == 0o755
 
 
+def test_as_many_attributes_as_are_allowed_fit(layers: LayerStore) -> None:
+    names = [f"user.{number}" for number in range(31)]
+    records = {f"SCHILY.xattr.{name}": "v" * 1000 for name in names}
+    root = mounted(layers, tarball(entry("a", pax_headers=records)))
+    assert sorted(os.listxattr(root / "a")) == sorted(names)
+
+
 def test_whiteouts_are_overlayfs_s(layers: LayerStore) -> None:
     root = mounted(
         layers,

@@ -317,10 +317,12 @@ def process(*argv: str | Path, cwd: str | None = None) -> Iterator[None]:
     """A process that runs during the block, and says so before it begins."""
     script = ["sh", "-c", "echo up; exec sleep 1000"]
     with subprocess.Popen([*argv, *script], cwd=cwd, stdout=subprocess.PIPE) as running:
-        assert running.stdout is not None
-        assert running.stdout.readline() == b"up\n"
-        yield
-        running.kill()
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline() == b"up\n"
+            yield
+        finally:
+            running.kill()
 
 
 async def test_an_overlay_in_use_is_not_cleaned_up(overlays: Overlays, image: StoredImage) -> None:

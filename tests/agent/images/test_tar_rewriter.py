@@ -252,6 +252,9 @@ REFUSED = {
     "a number in its header": with_field(entry("a"), 108, b"notanum\0"),
     "its size is negative": with_field(entry("a"), 124, b"\xff" * 12),
     "its device number": entry("a", kind=tarfile.CHRTYPE, devmajor=5000),
+    "more than 31 KiB of extended attributes": entry(
+        "a", pax_headers={f"SCHILY.xattr.user.{number}": "v" * 1000 for number in range(32)}
+    ),
     "of names and attributes follow": entry(
         "a", pax_headers={"comment": "x" * MAX_EXTENSION_BYTES}
     ),
@@ -272,12 +275,11 @@ def test_an_error_names_the_entry() -> None:
         rewritten(tarball(entry("a"), hard_link("some/where", "gone")))
 
 
-def test_a_layer_has_a_limit_of_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.images.layer_tree.MAX_ENTRIES", 10)
+def test_a_layer_has_a_limit_of_entries() -> None:
     entries = [entry(f"f{number}") for number in range(10)]
-    assert len(members(rewritten(tarball(*entries)))) == 11
+    assert len(members(rewritten(tarball(*entries), max_entries=10))) == 11
     with pytest.raises(TarError, match="the layer has more than 10 entries"):
-        rewritten(tarball(*entries, entry("one/more")))
+        rewritten(tarball(*entries, entry("one/more")), max_entries=10)
 
 
 def test_everything_that_gnu_tar_makes_of_odd_files_is_kept() -> None:

@@ -45,4 +45,5 @@ def test_a_vm_without_an_interface_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "configure.py"
     script.write_text(SCRIPT)
     done = in_a_network_of_its_own(f"PYTHONPATH=. {sys.executable} {script} {tmp_path}/resolv.conf")
-    assert "configure 10.0.2.15/24: the VM has no network interface" in done.stderr
+    assert "configure the network with 10.0.2.15/24: " in done.stderr
+    assert "the VM has no network interface" in done.stderr

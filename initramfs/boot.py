@@ -1,0 +1,208 @@
+"""Start the image, and stay in the foreground until it ends or SIGTERM ends it.
+
+Prints one line on stdout, `ready ADDRESS`, once the agent has answered a ping; ADDRESS is for
+`innkeep --connect`. The machine's console goes to stderr, or to a file. In a VM the loopback of
+this machine is 10.0.2.2, so a registry there is named `10.0.2.2:PORT`; namespaces share the
+network.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import IO
+
+import trio
+from attrs import evolve
+
+from initramfs import namespaces, qemu
+from initramfs.architecture import ARCHITECTURES
+from initramfs.child import started
+from initramfs.console import Console
+from initramfs.errors import BootError, BuildError
+from initramfs.foreground import Machine, attend
+from initramfs.machine import Choice, Host, Kind, Network, boot_words, choose, parse_size
+from initramfs.sockets import claimed
+from initramfs.vsock_daemon import find_vsock_daemon, running_vsock_daemon
+
+AGENT_PORT = 6000
+READY_PORT = 6004
+_PATIENCE_S = {Kind.KVM: 60, Kind.TCG: 180, Kind.NAMESPACES: 60}
+
+
+def main() -> int:
+    """Boot; the exit status is 0 where the machine was ended by us, or powered itself off."""
+    options = _parser().parse_args()
+    options.image = options.image.absolute()
+    try:
+        trio.run(_boot, options)
+    except (BootError, BuildError) as error:
+        print(f"initramfs.boot: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m initramfs.boot", description=__doc__)
+    option = parser.add_argument
+    option("--machine", choices=["auto", *Kind], default="auto", help="auto: KVM, else TCG")
+    option("--image", type=Path, default=Path("build"), metavar="DIR", help="default: build")
+    option("--socket", type=Path, metavar="PATH", help="the host's end, where it is a unix socket")
+    option(
+        "--storage",
+        type=Path,
+        metavar="FILE|DIR",
+        help="a disk image, made if it is missing, or a directory (a VM's is its storage.img); "
+        "without one, images are kept in memory",
+    )
+    option("--memory", type=_size, default="1G", metavar="SIZE", help="default: 1G")
+    option("--cpus", type=int, default=2, metavar="N", help="default: 2")
+    option(
+        "--insecure-registry",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="a registry to speak plain HTTP to, as the machine names it; may be repeated",
+    )
+    option("--console", type=Path, metavar="FILE", help="default: stderr")
+    option(
+        "--append",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="more boot configuration, innkeep.KEY=VALUE; may be repeated",
+    )
+    return parser
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+async def _boot(options: argparse.Namespace) -> None:
+    choice = choose(options.machine, Host.inspect())
+    if choice.notice:
+        print(f"initramfs.boot: {choice.notice}", file=sys.stderr)
+    with ExitStack() as stack:
+        console = sys.stderr if options.console is None else _opened(stack, options.console)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="innkeep-")))
+        if choice.kind is Kind.NAMESPACES:
+            machine = _in_namespaces(options, scratch)
+        else:
+            machine = _in_vm(options, choice, scratch)
+        async with machine as running:
+            await attend(running, Console(console.fileno()), _PATIENCE_S[choice.kind])
+
+
+@asynccontextmanager
+async def _in_namespaces(options: argparse.Namespace, scratch: Path) -> AsyncIterator[Machine]:
+    rootfs: Path = options.image / "rootfs"
+    if not (rootfs / "init").exists():
+        raise BootError(f"no image in {options.image}: run `make image`")
+    storage = _directory(options.storage)
+    socket = (options.socket or scratch / "agent.sock").absolute()
+    rooms = namespaces.Rooms(
+        rootfs=rootfs,
+        scratch=scratch / "root",
+        sockets=socket.parent,
+        storage=storage,
+        words=boot_words(
+            "memory" if storage is None else "dir",
+            listen=f"unix:{namespaces.SOCKETS / socket.name}",
+            insecure_registries=options.insecure_registry,
+            more=options.append,
+        ),
+    )
+    rooms.scratch.mkdir()
+    with claimed(socket):
+        async with namespaces.namespace_machine(rooms) as child:
+            yield Machine(child, f"unix:{socket}")
+
+
+@asynccontextmanager
+async def _in_vm(
+    options: argparse.Namespace, choice: Choice, scratch: Path
+) -> AsyncIterator[Machine]:
+    try:
+        manifest = json.loads((options.image / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BootError(f"no image in {options.image}: run `make image`") from error
+    architecture = ARCHITECTURES[manifest["architecture"]]
+    disk = _disk(options.storage)
+    hardware = qemu.Hardware(
+        architecture=architecture,
+        kind=choice.kind,
+        image=options.image,
+        memory_bytes=options.memory,
+        cpus=options.cpus,
+        disk=disk,
+        # Machine-wide, as process ids are; 0 to 2 have meanings of their own.
+        cid=3 + os.getpid(),
+        words=boot_words(
+            "memory" if disk is None else "/dev/vda",
+            network=Network(),
+            insecure_registries=options.insecure_registry,
+            more=options.append,
+        ),
+    )
+    async with AsyncExitStack() as stack:
+        if choice.host_vsock:
+            child = stack.enter_context(started(qemu.command_line(hardware)))
+            yield Machine(child, f"vsock:{hardware.cid}:{AGENT_PORT}")
+            return
+        socket = (options.socket or scratch / "agent.sock").absolute()
+        program = find_vsock_daemon(architecture, options.image / "cache")
+        doorbell = await stack.enter_async_context(_doorbell(Path(f"{socket}_{READY_PORT}")))
+        daemon = running_vsock_daemon(program, socket, scratch / "control.sock")
+        fd = await stack.enter_async_context(daemon)
+        command = qemu.command_line(evolve(hardware, vsock_socket=fd))
+        child = stack.enter_context(started(command, pass_fds=[fd]))
+        yield Machine(child, f"mux:{socket}:{AGENT_PORT}", doorbell)
+
+
+@asynccontextmanager
+async def _doorbell(path: Path) -> AsyncIterator[trio.SocketListener]:
+    """What the guest's connect to its host's port arrives at."""
+    with claimed(path):
+        listener = trio.socket.socket(trio.socket.AF_UNIX)
+        await listener.bind(str(path))
+        listener.listen()
+        async with trio.SocketListener(listener) as doorbell:
+            yield doorbell
+
+
+def _directory(storage: Path | None) -> Path | None:
+    """Where a machine of namespaces keeps its images."""
+    if storage is None:
+        return None
+    if storage.is_file():
+        raise BootError(f"{storage}: namespaces keep images in a directory, not in a file")
+    storage.mkdir(parents=True, exist_ok=True)
+    return storage.absolute()
+
+
+def _disk(storage: Path | None) -> Path | None:
+    """A VM's disk, made if there is none yet."""
+    if storage is None:
+        return None
+    disk = storage / "storage.img" if storage.is_dir() else storage
+    qemu.make_disk(disk)
+    return disk.absolute()
+
+
+def _opened(stack: ExitStack, path: Path) -> IO[bytes]:
+    try:
+        return stack.enter_context(path.open("wb"))
+    except OSError as error:
+        raise BootError(f"cannot write the console to {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

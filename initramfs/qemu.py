@@ -1,0 +1,112 @@
+"""A microVM as QEMU's command line, and its disk."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from attrs import frozen
+
+from initramfs.architecture import Architecture
+from initramfs.errors import BootError
+from initramfs.machine import Kind
+
+DEFAULT_DISK_SIZE = 10 << 30
+
+# What saves time at boot and costs a user nothing.
+_QUICK = (
+    "quiet",
+    # A machine that panicked is at its end: QEMU leaves with -no-reboot.
+    "panic=-1",
+    "cryptomgr.notests",
+    "8250.nr_uarts=1",
+    "i8042.noaux",
+    "random.trust_cpu=on",
+)
+# What more than that is good enough for a machine that is emulated, and so for tests only: without
+# these it boots in twice the time.
+_EMULATED = (
+    "mitigations=off",
+    "init_on_alloc=0",
+    "nokaslr",
+    "no5lvl",
+    "tsc=reliable",
+    "audit=0",
+    "apparmor=0",
+    "rcupdate.rcu_expedited=1",
+    "no_timer_check",
+)
+
+
+@frozen(kw_only=True)
+class Hardware:
+    """A machine to be made.
+
+    `disk` is a raw disk image or None; `vsock_socket` is the descriptor of a connection to
+    vhost-device-vsock, or None where the kernel's own vhost-vsock is used, with `cid`.
+    """
+
+    architecture: Architecture
+    kind: Kind
+    image: Path
+    memory_bytes: int
+    cpus: int
+    words: Sequence[str]
+    disk: Path | None = None
+    cid: int = 3
+    vsock_socket: int | None = None
+
+
+def command_line(hardware: Hardware) -> list[str]:
+    """QEMU's arguments, the first being its name."""
+    memory_mib = hardware.memory_bytes >> 20
+    kvm = hardware.kind is Kind.KVM
+    # vhost-device-vsock reads and writes the machine's memory itself.
+    shared = hardware.vsock_socket is not None
+    machine = "q35" if kvm else "q35,hpet=off"
+    argv = [
+        f"qemu-system-{hardware.architecture.machine}",
+        *("-machine", f"{machine},memory-backend=memory" if shared else machine),
+        *("-accel", "kvm" if kvm else "tcg,thread=multi"),
+        *("-cpu", "host" if kvm else "max"),
+        *("-smp", str(hardware.cpus)),
+        *("-m", f"{memory_mib}M"),
+        *("-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-display", "none"),
+        *("-serial", "stdio"),
+        *("-kernel", str(hardware.image / "vmlinux")),
+        *("-initrd", str(hardware.image / "initramfs.cpio")),
+        *("-append", " ".join(kernel_words(hardware))),
+        *("-netdev", "user,id=net"),
+        *("-device", "virtio-net-pci,netdev=net,romfile="),
+    ]
+    if shared:
+        memory = f"memory-backend-memfd,id=memory,size={memory_mib}M,share=on"
+        argv += ["-object", memory]
+        argv += ["-chardev", f"socket,id=vsock,fd={hardware.vsock_socket}"]
+        argv += ["-device", "vhost-user-vsock-pci,chardev=vsock"]
+    else:
+        argv += ["-device", f"vhost-vsock-pci,guest-cid={hardware.cid}"]
+    if hardware.disk is not None:
+        # A comma in an option's value is written twice.
+        path = str(hardware.disk).replace(",", ",,")
+        drive = f"if=none,id=storage,format=raw,discard=unmap,file={path}"
+        argv += ["-drive", drive, "-device", "virtio-blk-pci,drive=storage"]
+    return argv
+
+
+def kernel_words(hardware: Hardware) -> list[str]:
+    """The kernel's command line."""
+    console = f"console={hardware.architecture.serial}"
+    emulated = _EMULATED if hardware.kind is Kind.TCG else ()
+    return [console, *_QUICK, *emulated, *hardware.words]
+
+
+def make_disk(path: Path, size_bytes: int = DEFAULT_DISK_SIZE) -> None:
+    """Make the disk, where there is none yet; it takes up only what is written to it."""
+    try:
+        with path.open("xb") as file:
+            os.truncate(file.fileno(), size_bytes)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise BootError(f"cannot make the disk {path}: {error.strerror}") from error

@@ -1,0 +1,3 @@
+"""Fixtures of all tests."""
+
+pytest_plugins = ["tests.support.registry", "tests.support.images", "tests.support.guest"]

@@ -1,0 +1,53 @@
+"""VMs that end: powered off when told to, their disk as it was when the next one boots."""
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from protocol import requests, responses
+from protocol.client import open_client
+from tests.support.execution import pull, run, shell
+from tests.support.images import Images
+from tests.support.machine import LOOPBACK_IN_VM, booted
+from tests.vm.conftest import empty_disk
+
+pytestmark = pytest.mark.timeout(180)
+
+
+async def test_a_vm_powers_off_and_the_next_one_finds_its_disk(
+    vm_registry: str, images: Images, tmp_path: Path
+) -> None:
+    disk = empty_disk(tmp_path)
+    image = images.busybox.reference_from(LOOPBACK_IN_VM)
+    overlay = requests.PrepareOverlay(image=image, workload_id="kept")
+    with booted(
+        tmp_path / "first", kind="auto", storage=disk, insecure_registries=[vm_registry]
+    ) as machine:
+        async with open_client(machine.address) as client:
+            info = await pull(client, image)
+            prepared = await client.request(overlay)
+            await shell(client, "echo kept >/storage/overlays/kept/merged/note")
+            assert await client.request(requests.Shutdown()) == responses.Ok({"shutdown": True})
+        assert await trio.to_thread.run_sync(machine.wait) == 0
+        assert "powering off" in machine.console_text()
+    with booted(tmp_path / "second", kind="auto", storage=disk) as machine:
+        async with open_client(machine.address) as client:
+            assert await client.request(requests.Query(image=image)) == responses.Ok(info)
+            assert await client.request(overlay) == prepared
+            assert await shell(client, "cat /storage/overlays/kept/merged/note") == "kept\n"
+            assert (await run(client, image)).stdout == b"hello from busybox\n"
+            # Unmounted in good order: the journal had nothing to replay.
+            assert "recovery" not in await shell(client, "dmesg | grep EXT4-fs || :")
+
+
+async def test_a_vm_without_a_disk_keeps_images_in_memory(
+    vm_registry: str, images: Images, tmp_path: Path
+) -> None:
+    image = images.whiteouts.reference_from(LOOPBACK_IN_VM)
+    with booted(
+        tmp_path, kind="auto", in_memory=True, insecure_registries=[vm_registry]
+    ) as machine:
+        async with open_client(machine.address) as client:
+            await pull(client, image)
+            assert (await run(client, image)).stdout == b"-early\nfour\nthree\n"
