@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 # Sync, unmount and power-off have to fit into a host's patience with them.
 STOP_GRACE_S = 1.5
+WORKSPACE_MOUNT = Path("/workspace")
 
 
 @attrs.frozen
@@ -157,7 +158,12 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
             containers = ContainerRuntime.open(processes, config.run_dir, crun=config.crun)
         services = Services(
             config=config,
-            disk=Disk(config.storage_dir, config.storage_device, config.storage_in_memory),
+            disk=Disk(
+                config.storage_dir,
+                config.storage_device,
+                config.storage_in_memory,
+                WORKSPACE_MOUNT if config.in_image else None,
+            ),
             hangups=HangupWatch(),
             processes=processes,
             containers=containers,

@@ -163,7 +163,9 @@ class RegistryClient:
                 transient=len(data) < descriptor.size,
             )
         if digest_of(data) != descriptor.digest:
-            raise RegistryError(f"its digest is {digest_of(data)}")
+            raise RegistryError(
+                f"the digest of what came for {descriptor.digest} is {digest_of(data)}"
+            )
         return data
 
     @contextmanager

@@ -43,8 +43,9 @@ def find_user(spec: str, passwd: str, group: str) -> User:
     """The user that ``spec`` means: ``name``, ``uid``, ``name:group`` or ``uid:gid``, "" is root.
 
     As docker has it: a number need not be in ``passwd`` (then: group 0, home ``/``), supplementary
-    groups are those that list the user, and a group in ``spec`` stands alone. ``passwd`` and
-    ``group`` are the files' texts; lines that mean nothing are passed over.
+    groups are the primary one, which a set-group-id program would lose otherwise
+    (CVE-2022-36109), and those that list the user; a group in ``spec`` stands alone. ``passwd``
+    and ``group`` are the files' texts; lines that mean nothing are passed over.
 
     Raises:
         UnknownUser: a name that is not there, or a number out of range.
@@ -62,14 +63,15 @@ def find_user(spec: str, passwd: str, group: str) -> User:
     groups = list(_groups(group))
     home = account.home or "/"
     if not group_name:
-        gids = tuple(one.gid for one in groups if account.name and account.name in one.members)
+        listed = [one.gid for one in groups if account.name and account.name in one.members]
+        gids = tuple(dict.fromkeys((account.gid, *listed)))
         return User(account.uid, account.gid, gids, home)
     gid = next((one.gid for one in groups if group_name in (one.name, str(one.gid))), None)
     if gid is None:
         gid = _number(group_name)
     if gid is None:
         raise UnknownUser(f"group {group_name!r} is not in the image's /etc/group")
-    return User(account.uid, gid, (), home)
+    return User(account.uid, gid, (gid,), home)
 
 
 def _accounts(passwd: str) -> Iterator[_Account]:

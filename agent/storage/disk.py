@@ -14,7 +14,15 @@ from pathlib import Path
 import attrs
 
 from agent.errors import AgentError, cause_of, failing_as
-from agent.linux.mount import MS_NOATIME, MS_RDONLY, MS_REMOUNT, mount, umount2
+from agent.linux.mount import (
+    MNT_DETACH,
+    MS_BIND,
+    MS_NOATIME,
+    MS_RDONLY,
+    MS_REMOUNT,
+    mount,
+    umount2,
+)
 from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -37,6 +45,8 @@ class Disk:
     directory: Path
     device: str | None = None
     in_memory: bool = False
+    workspace_mount: Path | None = None
+    """Where the VM itself sees the workspace; None where the VM is not ours."""
 
     def bring_up(self) -> None:
         """Mount the storage and make its layout; an empty device is formatted first.
@@ -63,6 +73,10 @@ class Disk:
         with failing_as(ErrorCode.MOUNT_FAILED, f"lay out {self.directory}"):
             for name in LAYOUT:
                 (self.directory / name).mkdir(parents=True, exist_ok=True)
+        if self.workspace_mount is not None and not self.workspace_mount.is_mount():
+            with failing_as(ErrorCode.MOUNT_FAILED, f"mount {self.workspace_mount}"):
+                self.workspace_mount.mkdir(exist_ok=True)
+                mount(self.workspace, self.workspace_mount, flags=MS_BIND)
 
     @property
     def workspace(self) -> Path:
@@ -85,6 +99,8 @@ class Disk:
             OSError: neither worked; data that was synced is safe all the same.
         """
         os.sync()
+        if self.workspace_mount is not None and self.workspace_mount.is_mount():
+            umount2(self.workspace_mount, MNT_DETACH)
         if self.device is None or not self.is_mounted:
             return
         try:

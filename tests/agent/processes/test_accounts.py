@@ -22,26 +22,26 @@ alice:x:1001:
 audio:x:29:daemon,alice
 """
 
-ALICE = User(1000, 1001, (10, 29), "/home/alice")
+ALICE = User(1000, 1001, (1001, 10, 29), "/home/alice")
 
 
 @pytest.mark.parametrize(
     ("spec", "user"),
     [
-        ("", User(0, 0, (10,), "/root")),
-        ("root", User(0, 0, (10,), "/root")),
-        ("0", User(0, 0, (10,), "/root")),
+        ("", User(0, 0, (0, 10), "/root")),
+        ("root", User(0, 0, (0, 10), "/root")),
+        ("0", User(0, 0, (0, 10), "/root")),
         ("alice", ALICE),
         ("1000", ALICE),
         ("alice:", ALICE),
-        ("alice:audio", User(1000, 29, (), "/home/alice")),
-        ("1000:0", User(1000, 0, (), "/home/alice")),
-        ("alice:4242", User(1000, 4242, (), "/home/alice")),
-        (":wheel", User(0, 10, (), "/root")),
-        ("4242", User(4242, 0, (), "/")),
-        ("4242:4243", User(4242, 4243, (), "/")),
-        ("2000", User(1500, 1500, (), "/srv")),
-        ("homeless", User(3000, 3000, (), "/")),
+        ("alice:audio", User(1000, 29, (29,), "/home/alice")),
+        ("1000:0", User(1000, 0, (0,), "/home/alice")),
+        ("alice:4242", User(1000, 4242, (4242,), "/home/alice")),
+        (":wheel", User(0, 10, (10,), "/root")),
+        ("4242", User(4242, 0, (0,), "/")),
+        ("4242:4243", User(4242, 4243, (4243,), "/")),
+        ("2000", User(1500, 1500, (1500,), "/srv")),
+        ("homeless", User(3000, 3000, (3000,), "/")),
     ],
 )
 def test_a_user_is_found_as_docker_finds_it(spec: str, user: User) -> None:
@@ -63,7 +63,7 @@ def test_an_unknown_group_is_named() -> None:
 
 
 def test_an_image_without_these_files_has_numbers_only() -> None:
-    assert find_user("", "", "") == User(0, 0, (), "/")
-    assert find_user("7:8", "", "") == User(7, 8, (), "/")
+    assert find_user("", "", "") == User(0, 0, (0,), "/")
+    assert find_user("7:8", "", "") == User(7, 8, (8,), "/")
     with pytest.raises(UnknownUser):
         find_user("root", "", "")
