@@ -20,44 +20,31 @@ MS_NOEXEC = 0x8
 MS_REMOUNT = 0x20
 MS_NOATIME = 0x400
 MS_BIND = 0x1000
-MS_MOVE = 0x2000
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
-MS_SLAVE = 0x80000
-MS_SHARED = 0x100000
 
 # sys/mount.h: flags of umount2(2)
-MNT_FORCE = 0x1
 MNT_DETACH = 0x2
-UMOUNT_NOFOLLOW = 0x8
 
 # linux/mount.h: what fsmount(2) makes of a mount
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
-MOUNT_ATTR_NOEXEC = 0x8
 
 # linux/mount.h: flags of open_tree(2) and move_mount(2)
-OPEN_TREE_CLONE = 0x1
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
-MOVE_MOUNT_T_EMPTY_PATH = 0x40
 
 AT_FDCWD = -100
-AT_RECURSIVE = 0x8000
 
 _FSOPEN_CLOEXEC = 0x1
 _FSMOUNT_CLOEXEC = 0x1
-_OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 
 # linux/mount.h: enum fsconfig_command
 _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
-_FSCONFIG_SET_PATH = 3
-_FSCONFIG_SET_FD = 5
 _FSCONFIG_CMD_CREATE = 6
 
 # Since Linux 5.1 all architectures number new calls alike; glibc has wrappers only since 2.36.
-_SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
@@ -110,16 +97,6 @@ def fsconfig_set_string(context: int, key: str, value: StrPath) -> None:
     _fsconfig(context, _FSCONFIG_SET_STRING, key, os.fsencode(value), 0)
 
 
-def fsconfig_set_path(context: int, key: str, path: StrPath, dir_fd: int = AT_FDCWD) -> None:
-    """FSCONFIG_SET_PATH: a file that the kernel looks up now, from ``dir_fd``."""
-    _fsconfig(context, _FSCONFIG_SET_PATH, key, os.fsencode(path), dir_fd)
-
-
-def fsconfig_set_fd(context: int, key: str, fd: int) -> None:
-    """FSCONFIG_SET_FD: an open file."""
-    _fsconfig(context, _FSCONFIG_SET_FD, key, None, fd)
-
-
 def fsconfig_create(context: int) -> None:
     """FSCONFIG_CMD_CREATE: make the superblock; what the options amount to is only checked now."""
     _fsconfig(context, _FSCONFIG_CMD_CREATE, None, None, 0)
@@ -136,16 +113,10 @@ def fsmount(context: int, attributes: int = 0) -> int:
 
 
 def move_mount(mount_fd: int, target: StrPath) -> None:
-    """move_mount(2): attach a mount that fsmount or open_tree made."""
+    """move_mount(2): attach a mount that fsmount made."""
     flags = ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH)
     arguments = (mount_fd, b"", AT_FDCWD, os.fsencode(target), flags)
     _syscall(_SYS_MOVE_MOUNT, *arguments, about=os.fspath(target))
-
-
-def open_tree(path: StrPath, flags: int = 0, dir_fd: int = AT_FDCWD) -> int:
-    """open_tree(2): an O_PATH descriptor; with OPEN_TREE_CLONE, of a detached bind mount."""
-    arguments = (dir_fd, os.fsencode(path), ctypes.c_uint(flags | _OPEN_TREE_CLOEXEC))
-    return _syscall(_SYS_OPEN_TREE, *arguments, about=os.fspath(path))
 
 
 @contextmanager

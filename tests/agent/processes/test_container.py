@@ -117,12 +117,12 @@ async def test_the_environment_is_the_users_the_images_and_the_requests(
 
 async def test_the_user_is_the_images_unless_given(containers: Containers) -> None:
     assert await containers.printed("id") == "uid=0(root) gid=0(root) groups=0(root),10(wheel)\n"
-    alice = "uid=1000(alice) gid=1001(alice) groups=10(wheel),29(audio)\n"
+    alice = "uid=1000(alice) gid=1001(alice) groups=10(wheel),29(audio),1001(alice)\n"
     assert await containers.printed("id", user="alice") == alice
     assert await containers.printed("id", user="1000") == alice
     of_image = attrs.evolve(containers, image=attrs.evolve(IMAGE, user="alice"))
     assert await of_image.printed("id") == alice
-    assert await of_image.printed("id", user="7:wheel") == "uid=7 gid=10(wheel)\n"
+    assert await of_image.printed("id", user="7:wheel") == "uid=7 gid=10(wheel) groups=10(wheel)\n"
     assert "user 'bob' is not in the image's /etc/passwd" in await containers.refusal(
         "id", user="bob"
     )
