@@ -103,7 +103,6 @@ class CgroupTree:
     The agent itself is elsewhere. Whoever opens a tree closes it.
     """
 
-    root: Path
     workloads: Cgroup
     commands: Path
     containers: Path
@@ -118,7 +117,7 @@ class CgroupTree:
         if not any((path / "cgroup.procs").exists() for path in (root, root.parent)):
             raise OSError(errno.ENOENT, "no cgroup2 hierarchy", str(root))
         workloads = root / "workloads"
-        tree = cls(root, Cgroup(workloads), workloads / "commands", workloads / "containers")
+        tree = cls(Cgroup(workloads), workloads / "commands", workloads / "containers")
         for directory in (tree.commands, tree.containers):
             directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -128,18 +127,8 @@ class CgroupTree:
         return tree
 
     def close(self) -> None:
-        """Remove all directories that nothing runs in, ``root`` too unless others are in it."""
-        if self.workloads.remove():
-            _remove(self.root)
-
-
-def cgroup2_mount() -> Path | None:
-    """Where this process has cgroup2; None if nowhere."""
-    for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines():
-        _, where, kind, *_ = line.split(" ")
-        if kind == "cgroup2":
-            return Path(where)
-    return None
+        """Remove the directories that nothing runs in; ``root`` belongs to who gave it."""
+        self.workloads.remove()
 
 
 def _remove(path: Path) -> bool:

@@ -76,11 +76,12 @@ def booted(
     in_memory: bool = False,
     insecure_registries: Sequence[str] = (),
     options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Machine]:
     """Boot the image until the block is left; sockets and console go to `directory`.
 
-    `kind` and `options` are for `initramfs.boot`. With `storage_mib` the storage directory is a
-    file system of that size, seen by the machine only; `in_memory` gives it no storage.
+    `kind`, `options` and `env` are for `initramfs.boot`. With `storage_mib` the storage
+    directory is a file system of that size, seen by the machine only; `in_memory` gives it none.
     Blocks until the agent has answered a ping. Raises CommandError with the end of the console
     where it does not.
     """
@@ -101,10 +102,11 @@ def booted(
         *(f"--insecure-registry={address}" for address in insecure_registries),
         *options,
     ]
-    with _started(argv) as process:
+    with _started(argv, env=env) as process:
         assert process.stdout is not None
         line = process.stdout.readline().decode().strip()
         if not line.startswith("ready "):
+            process.terminate()
             process.wait(PATIENCE_S)
             said = console.read_text(errors="replace")[-4000:] if console.exists() else ""
             raise CommandError(f"{' '.join(argv)}: printed {line!r}, no `ready`: {said}")
