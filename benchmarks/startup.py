@@ -43,11 +43,8 @@ def tree_with_scratch(rootfs: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
             'mount --bind "$1" "$2/tmp" && mount -t proc proc "$2/proc" && '
             'shift && root=$1 && shift && exec chroot "$root" "$@"'
         )
-        yield (
-            Path(scratch),
-            ("unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh")
-            + (scratch, str(rootfs)),
-        )
+        namespace = ("unshare", "--mount", "--propagation", "private")
+        yield Path(scratch), (*namespace, "sh", "-ec", script, "sh", scratch, str(rootfs))
 
 
 def start_bare_python(enter: tuple[str, ...]) -> float:
