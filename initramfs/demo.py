@@ -22,11 +22,7 @@ from attrs import frozen
 from initramfs.local_registry import RegistryError, local_registry
 
 LOOPBACK_IN_VM = "10.0.2.2"
-GREETING = [
-    "/bin/sh",
-    "-c",
-    'echo "Hello from a container in a microVM."; uname -srm; echo "I am PID $$ here, and see"; ls',
-]
+GREETING = ["sh", "-c", "echo Hello from a container; uname -srm; ls"]
 TOOLS = {"busybox": "busybox-static", "skopeo": "skopeo", "umoci": "umoci"}
 PATIENCE_S = 30
 
@@ -84,7 +80,8 @@ def _demonstrate(arguments: argparse.Namespace) -> int:
                 server = stack.enter_context(local_registry())
                 image = _Image(_push_busybox(directory, server.address))
             command = command or GREETING
-        with _step("A microVM boots, and its agent answers"):
+        kind = "machine of namespaces" if arguments.machine == "namespaces" else "microVM"
+        with _step(f"A {kind} boots, and its agent answers"):
             guest = stack.enter_context(_booted(directory, arguments.machine, image))
         reference = image.seen_from(guest)
         with _step(f"The machine pulls {reference}"):

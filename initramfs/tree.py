@@ -94,8 +94,8 @@ def prune(root: Path, programs: Sequence[str], unneeded: Iterable[str]) -> None:
             if path.name not in programs:
                 path.unlink()
     for pattern in unneeded:
-        # Unlike pathlib's, this finds links that lead nowhere here.
-        for name in glob.glob(pattern, root_dir=root, recursive=True, include_hidden=True):
+        # pathlib's glob would miss links that lead nowhere.
+        for name in glob.glob(pattern, root_dir=root, recursive=True):  # noqa: PTH207 see above
             _remove(root / name)
 
 

@@ -32,6 +32,9 @@ OURS: dict[str, tuple[str, ...]] = {
     "initramfs": (),
     "initramfs.boot": ("initramfs", "protocol"),
     "initramfs.demo": ("initramfs", "protocol"),
+    "initramfs.foreground": ("initramfs", "protocol"),
+    # A machine of namespaces is made of the agent's own system calls.
+    "initramfs.namespaces": ("initramfs", "agent.linux", "agent.processes.cgroup"),
     "initramfs.run_agent": ("agent.__main__",),
 }
 
@@ -44,7 +47,7 @@ THEIRS: dict[str, tuple[str, ...]] = {
     "pyroute2": ("agent.network.links",),
     "rich": ("protocol.cli",),
     "typer": ("protocol.cli",),
-    "trio": ("agent", "protocol.client", "protocol.cli"),
+    "trio": ("agent", "initramfs", "protocol.client", "protocol.cli"),
 }
 
 # What protocol/ may import of others; trio only where it is named above.

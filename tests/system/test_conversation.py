@@ -8,6 +8,7 @@ import trio
 from protocol import MAX_FRAME_SIZE
 from tests.support.execution import lifeline
 from tests.support.machine import Machine
+from tests.support.watch import until
 from tests.support.wire import Wire, open_wire
 
 PONG = {"status": "pong", "version": 1}
@@ -245,9 +246,13 @@ async def test_the_trace_id_is_in_the_log_lines_of_its_request(machine: Machine)
     async with open_wire(machine.address) as wire:
         await wire.send({"trace_id": "trace-4711", "method": "query", "image": "absent"})
         assert (await wire.receive() or {})["code"] == "NOT_FOUND"
-    lines = [line for line in machine.console_text().splitlines() if "trace-4711" in line]
-    assert lines
-    assert all("query" in line for line in lines)
+
+    def lines() -> list[str]:
+        return [line for line in machine.console_text().splitlines() if "trace-4711" in line]
+
+    # The console is on its way while the answer is here already.
+    await until(lambda: bool(lines()), machine.console)
+    assert all("query" in line for line in lines())
 
 
 @pytest.mark.parametrize("trace_id", [5, None, {"a": 1}], ids=repr)

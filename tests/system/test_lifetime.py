@@ -136,14 +136,19 @@ def test_nothing_of_a_machine_is_left_behind(
     registry: LocalRegistry, images: Images, tmp_path: Path, end: str
 ) -> None:
     mounts = Path("/proc/self/mountinfo").read_text()
-    with booted(tmp_path, insecure_registries=[registry.address]) as machine:
+    with booted(
+        tmp_path,
+        insecure_registries=[registry.address],
+        # What it makes for the time being is seen there, if it is left.
+        env={"TMPDIR": str(tmp_path)},
+    ) as machine:
         processes, groups = trio.run(use, machine, images, end)
         if end == "shutdown":
             machine.wait()
     assert [pid for pid in processes if is_running(pid)] == []
     assert [group for group in groups if group.exists()] == []
     assert Path("/proc/self/mountinfo").read_text() == mounts
-    assert [path.name for path in tmp_path.iterdir()] == ["console.log", "storage"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["console.log", "storage"]
     assert users_of(tmp_path) == []
 
 

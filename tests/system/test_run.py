@@ -42,7 +42,7 @@ async def test_the_images_entrypoint_and_cmd_run_when_no_command_is_given(
     done = await run(client, configured)
     lines = done.stdout.decode().splitlines()
     assert lines[0] == "default arguments"
-    assert lines[1] == "uid=1000(guest) gid=1000(guest) groups=1000(guest),10(wheel)"
+    assert _ids(lines[1]) == _ids("uid=1000(guest) gid=1000(guest) groups=1000(guest),10(wheel)")
     assert lines[2] == "/home/guest"
     assert "FROM_IMAGE=image" in lines
     assert "HOME=/home/guest" in lines

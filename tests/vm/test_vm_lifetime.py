@@ -1,5 +1,7 @@
 """VMs that end: powered off when told to, their disk as it was when the next one boots."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from protocol import requests, responses
 from protocol.client import open_client
 from tests.support.execution import pull, run, shell
 from tests.support.images import Images
-from tests.support.machine import LOOPBACK_IN_VM, booted
+from tests.support.machine import LOOPBACK_IN_VM, PROJECT, booted
 from tests.vm.conftest import empty_disk
 
 pytestmark = pytest.mark.timeout(180)
@@ -51,3 +53,16 @@ async def test_a_vm_without_a_disk_keeps_images_in_memory(
         async with open_client(machine.address) as client:
             await pull(client, image)
             assert (await run(client, image)).stdout == b"-early\nfour\nthree\n"
+
+
+def test_the_demo_shows_a_container_in_a_microvm() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "initramfs.demo"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Hello from a container\n" in done.stdout
+    assert "Linux 6.12" in done.stdout
