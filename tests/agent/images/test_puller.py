@@ -417,7 +417,7 @@ def manifest_of_another_digest(server: MisbehavingRegistry, layer: LayerBlob) ->
 def config_flipped(server: MisbehavingRegistry, layer: LayerBlob) -> str:
     manifest = json.loads(server.content("manifests/latest"))
     server.misbehave(f"blobs/{manifest['config']['digest']}", flipped)
-    return r"its digest is sha256:\w{64}"
+    return r"the digest of what came for sha256:\w{64} is sha256:\w{64}"
 
 
 @pytest.mark.parametrize(
