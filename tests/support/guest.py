@@ -8,6 +8,7 @@ from initramfs.local_registry import LocalRegistry
 from protocol.client import AgentClient, open_client
 from tests.support.machine import Machine, agent_alone, booted
 from tests.support.misbehaving_registry import MisbehavingRegistry, misbehaving_registry
+from tests.support.tools import ROOTFS, image_program
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +42,12 @@ async def client(machine: Machine) -> AsyncIterator[AgentClient]:
 def lone_agent(
     registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Machine]:
-    """The agent as a process of this machine, without the image: no container runs there."""
-    options = ["--insecure-registry", registry.address]
-    with agent_alone(tmp_path_factory.mktemp("agent"), options=options) as agent:
+    """The agent as a process of this machine; of the image it has mkfs.erofs only."""
+    directory = tmp_path_factory.mktemp("agent")
+    mkfs_erofs = image_program(ROOTFS.absolute(), "mkfs.erofs", directory)
+    with agent_alone(
+        directory,
+        options=["--insecure-registry", registry.address],
+        env={"INNKEEP_MKFS_EROFS": str(mkfs_erofs)},
+    ) as agent:
         yield agent

@@ -1,7 +1,6 @@
 """Agents to talk to: the image booted by `initramfs.boot`, or the agent alone as a process."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -190,7 +189,7 @@ def _started(
         try:
             yield process
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             try:
                 process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:

@@ -12,6 +12,7 @@ from protocol.client import open_client
 from tests.support.execution import pull, run, shell
 from tests.support.images import Images
 from tests.support.machine import LOOPBACK_IN_VM, PROJECT, booted
+from tests.support.process_tree import descendants, is_running
 from tests.vm.conftest import empty_disk
 
 pytestmark = pytest.mark.timeout(180)
@@ -33,7 +34,9 @@ async def test_a_vm_powers_off_and_the_next_one_finds_its_disk(
             assert await client.request(requests.Shutdown()) == responses.Ok({"shutdown": True})
         assert await trio.to_thread.run_sync(machine.wait) == 0
         assert "powering off" in machine.console_text()
+    processes = set()
     with booted(tmp_path / "second", kind="auto", storage=disk) as machine:
+        processes |= set(descendants(machine.pid))
         async with open_client(machine.address) as client:
             assert await client.request(requests.Query(image=image)) == responses.Ok(info)
             assert await client.request(overlay) == prepared
@@ -41,6 +44,8 @@ async def test_a_vm_powers_off_and_the_next_one_finds_its_disk(
             assert (await run(client, image)).stdout == b"hello from busybox\n"
             # Unmounted in good order: the journal had nothing to replay.
             assert "recovery" not in await shell(client, "dmesg | grep EXT4-fs || :")
+    assert len(processes) >= 1
+    assert [pid for pid in processes if is_running(pid)] == []
 
 
 async def test_a_vm_without_a_disk_keeps_images_in_memory(

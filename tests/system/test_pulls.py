@@ -1,0 +1,117 @@
+"""Pulls over time: what they tell, what they fetch again, and what one leaves the next."""
+
+import trio
+
+from initramfs.local_registry import LocalRegistry
+from protocol import requests, responses
+from protocol.client import AgentClient, open_client
+from tests.support.execution import execute, pull, run
+from tests.support.images import Images
+from tests.support.machine import Machine
+from tests.support.store import wrong_blobs
+
+
+async def test_progress_counts_layers_and_bytes_and_never_falls(
+    machine: Machine, images: Images
+) -> None:
+    async with open_client(machine.address) as client:
+        messages = []
+        percents = []
+        async with client.stream(requests.Pull(image=images.large.reference)) as answers:
+            async for answer in answers:
+                if isinstance(answer, responses.Progress):
+                    messages.append(answer.message)
+                    if answer.percent is not None:
+                        percents.append(answer.percent)
+        assert isinstance(answer, responses.Ok), answer
+    assert percents == sorted(percents)
+    assert all(0 <= percent <= 100 for percent in percents)
+    counted = [text for text in messages if text.startswith("Pulling layer ")]
+    assert counted
+    numbers = [int(text.split()[2].partition("/")[0]) for text in counted]
+    assert numbers == sorted(numbers)
+    assert {text.partition("/")[2] for text in counted} == {"5"}
+
+
+async def test_a_second_pull_fetches_nothing_but_the_manifest(
+    registry: LocalRegistry, client: AgentClient, images: Images
+) -> None:
+    reference = images.sixty_layers.reference
+    await pull(client, reference)
+    before = fetched(registry)
+    await pull(client, reference)
+    since = fetched(registry)[len(before) :]
+    assert since
+    assert all("/v2/sixty-layers/manifests/" in request for request in since)
+
+
+async def test_a_layer_that_another_image_brought_is_not_fetched_again(
+    registry: LocalRegistry, client: AgentClient, images: Images
+) -> None:
+    await pull(client, images.busybox.reference)
+    (shared,) = images.busybox.layers
+    image = images.variant("shares", {"Cmd": ["true"]}, images.noise_layer("shares"))
+    before = fetched(registry)
+    await pull(client, image.reference)
+    since = fetched(registry)[len(before) :]
+    assert any(image.layers[-1] in request for request in since)
+    assert not any(shared in request for request in since)
+
+
+async def test_a_tag_that_moved_is_pulled_anew(client: AgentClient, images: Images) -> None:
+    first = images.variant("moving", {"Cmd": ["echo", "first"]})
+    assert (await pull(client, first.reference))["cmd"] == ["echo", "first"]
+    second = images.variant("moving", {"Cmd": ["echo", "second"]})
+    assert second.reference == first.reference
+    info = await pull(client, second.reference)
+    assert (info["cmd"], info["digest"]) == (["echo", "second"], second.config_digest)
+    assert (await run(client, second.reference)).stdout == b"second\n"
+
+
+async def test_a_pull_whose_peer_hangs_up_leaves_what_the_next_one_needs(
+    machine: Machine, images: Images
+) -> None:
+    image = images.large_too
+    async with (
+        open_client(machine.address) as client,
+        client.stream(requests.Pull(image=image.reference)) as answers,
+    ):
+        async for answer in answers:
+            assert isinstance(answer, responses.Progress)
+            break
+    async with open_client(machine.address) as client:
+        assert (await pull(client, image.reference))["digest"] == image.config_digest
+        assert (await run(client, image.reference, "ls", "/noise")).exit_code == 0
+    assert wrong_blobs(machine.storage) == []
+
+
+async def test_two_pulls_of_one_image_at_once_both_succeed(
+    registry: LocalRegistry, machine: Machine, images: Images
+) -> None:
+    image = images.variant("twice", {"Cmd": ["true"]}, images.noise_layer("twice"))
+    infos = []
+
+    async def pull_it() -> None:
+        async with open_client(machine.address) as client:
+            infos.append(await pull(client, image.reference))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pull_it)
+        nursery.start_soon(pull_it)
+    assert infos[0] == infos[1]
+    layer = f"GET /v2/twice/blobs/{image.layers[-1]} "
+    assert sum(layer in request for request in fetched(registry)) == 1
+
+
+async def test_nothing_of_a_pull_runs_on_after_it(
+    machine: Machine, client: AgentClient, images: Images
+) -> None:
+    await pull(client, images.whiteouts.reference)
+    processes = (await execute(client, "ps")).stdout.decode()
+    assert "mkfs" not in processes
+
+
+def fetched(registry: LocalRegistry) -> list[str]:
+    """The registry's log lines of what agents asked for; skopeo's own are not among them."""
+    lines = registry.access_log.read_text().splitlines()
+    return [line for line in lines if line.endswith('"innkeep"')]
