@@ -40,8 +40,8 @@ def run(listener: socket.socket, config: AgentConfig) -> int:
 
 async def _live(listener: socket.socket, config: AgentConfig, cgroup_root: Path | None) -> int:
     async with open_services(config, cgroup_root) as services, trio.open_nursery() as nursery:
+        await nursery.start(_stop_on_signal, services)
         nursery.start_soon(serve, listener, services)
-        nursery.start_soon(_stop_on_signal, services)
         if listener.family == socket.AF_VSOCK and config.in_image:
             nursery.start_soon(ring_doorbell, services)
         log.info("serving on %s", config.listen)
@@ -51,8 +51,11 @@ async def _live(listener: socket.socket, config: AgentConfig, cgroup_root: Path 
     return POWER_OFF
 
 
-async def _stop_on_signal(services: Services) -> None:
+async def _stop_on_signal(
+    services: Services, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         async for number in signals:
             log.info("stopping on %s", signal.Signals(number).name)
             await services.stop()

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE|DIR",
         help="a disk image, made if it is missing, or a directory (a VM's is its storage.img); "
-        "without one, images are kept in memory",
+        "without one, images go with the machine",
     )
     option("--memory", type=_size, default="1G", metavar="SIZE", help="default: 1G")
     option("--cpus", type=int, default=2, metavar="N", help="default: 2")
@@ -106,7 +106,9 @@ async def _in_namespaces(options: argparse.Namespace, scratch: Path) -> AsyncIte
     rootfs: Path = options.image / "rootfs"
     if not (rootfs / "init").exists():
         raise BootError(f"no image in {options.image}: run `make image`")
-    storage = _directory(options.storage)
+    # Not memory: EROFS mounts no file on a tmpfs without a loop device, and those are this
+    # machine's. The scratch directory goes with the machine as memory would.
+    storage = _directory(options.storage or scratch / "storage")
     socket = (options.socket or scratch / "agent.sock").absolute()
     rooms = namespaces.Rooms(
         rootfs=rootfs,
@@ -114,7 +116,7 @@ async def _in_namespaces(options: argparse.Namespace, scratch: Path) -> AsyncIte
         sockets=socket.parent,
         storage=storage,
         words=boot_words(
-            "memory" if storage is None else "dir",
+            "dir",
             listen=f"unix:{namespaces.SOCKETS / socket.name}",
             insecure_registries=options.insecure_registry,
             more=options.append,
@@ -178,10 +180,8 @@ async def _doorbell(path: Path) -> AsyncIterator[trio.SocketListener]:
             yield doorbell
 
 
-def _directory(storage: Path | None) -> Path | None:
+def _directory(storage: Path) -> Path:
     """Where a machine of namespaces keeps its images."""
-    if storage is None:
-        return None
     if storage.is_file():
         raise BootError(f"{storage}: namespaces keep images in a directory, not in a file")
     storage.mkdir(parents=True, exist_ok=True)

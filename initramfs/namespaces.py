@@ -31,7 +31,7 @@ class Rooms:
     rootfs: Path
     scratch: Path
     sockets: Path
-    storage: Path | None
+    storage: Path
     words: Sequence[str]
 
 
@@ -39,12 +39,11 @@ def command_line(rooms: Rooms, cgroup: Path) -> list[str]:
     """The programs that become the machine's init, each the next one's parent or itself."""
     enter = 'echo 0 >"$0/cgroup.procs" && exec "$@"'
     namespaces = ["--mount", "--pid", "--ipc", "--uts", "--cgroup"]
-    directories = [rooms.rootfs, rooms.scratch, rooms.sockets]
+    directories = [rooms.rootfs, rooms.scratch, rooms.sockets, rooms.storage]
     return [
         *("sh", "-c", enter, str(cgroup)),
         *("unshare", *namespaces, "--propagation=private", "--fork", "--kill-child"),
         *("sh", str(_SCRIPT), *map(str, directories)),
-        *([str(rooms.storage)] if rooms.storage is not None else []),
     ]
 
 

@@ -2,12 +2,12 @@
 # The root filesystem of a machine made of namespaces; started by namespaces.py as PID 1 of new
 # pid, mount, ipc, uts and cgroup namespaces. Ends by becoming the image's own init.
 #
-#     namespaces.sh ROOTFS SCRATCH SOCKETS [STORAGE]      all of them directories
+#     namespaces.sh ROOTFS SCRATCH SOCKETS STORAGE      all of them directories
 set -eu
 rootfs=$1
 scratch=$2
 sockets=$3
-storage=${4-}
+storage=$4
 
 mount -t tmpfs -o mode=755 machine "$scratch"
 cd "$scratch"
@@ -36,7 +36,7 @@ esac
 mount -t tmpfs -o mode=755,nosuid,nodev run run
 mkdir run/host
 mount --bind "$sockets" run/host
-[ -z "$storage" ] || mount --bind "$storage" storage
+mount --bind "$storage" storage
 [ ! -e /etc/resolv.conf ] || cat /etc/resolv.conf >etc/resolv.conf
 # What init mounts; the rest is there already, and /sys is this machine's.
 cat >etc/fstab <<'FSTAB'

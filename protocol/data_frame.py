@@ -46,7 +46,8 @@ class DataFrame:
         start = len(self.head) + len(_DATA)
         for done in (False, True) if self.has_done else (None,):
             ending = _ENDINGS[done]
-            if payload.endswith(ending):
+            # The quote that opens the data must not be taken for the one that ends it.
+            if payload.endswith(ending, start):
                 try:
                     data = decode_base64(memoryview(payload)[start : -len(ending)])
                 except ValueError:

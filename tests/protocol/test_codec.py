@@ -148,3 +148,12 @@ def test_messages_know_their_kind() -> None:
         decode(b"{}", requests.Ping)
     with pytest.raises(MalformedMessage, match='unknown type "ping"'):
         decode(b'{"type":"ping"}', HostMessage)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b'{"method":"stdin","data":"}', b'{"method":"file_write_chunk","data":","done":true}'],
+)
+def test_the_quote_that_opens_the_data_does_not_also_end_it(payload: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        decode(payload, AgentRequest)
