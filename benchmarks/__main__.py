@@ -1,14 +1,14 @@
-"""Run all benchmarks, or those that are named: python -m benchmarks [startup ...]"""
+"""Run all benchmarks, or those that are named: python -m benchmarks [startup] [boot]"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from benchmarks import startup
+from benchmarks import boot, startup
 
 ROOTFS = Path("build/rootfs")
-BENCHMARKS = {"startup": startup.measure}
+BENCHMARKS = {"startup": startup.measure, "boot": boot.measure}
 
 
 def main() -> int:

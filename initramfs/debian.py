@@ -4,6 +4,7 @@ import hashlib
 import re
 import shlex
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -76,7 +77,8 @@ def fetch(
     packages = list(packages)
     missing = [it for it in packages if not _is_intact(cache / it.file_name, it.sha256)]
     if missing:
-        print(f"downloading {len(missing)} Debian packages", flush=True)
+        # Not on stdout, where boot.py says one thing only.
+        print(f"downloading {len(missing)} Debian packages", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             words = shlex.join(f"{it.name}={it.version}" for it in missing)
             script = (

@@ -1,14 +1,18 @@
-"""Loop devices (loop(4)), for kernels that mount EROFS only from a block device (before 6.12)."""
+"""Loop devices (loop(4)), for EROFS images that the kernel mounts only from a block device:
+all of them before Linux 6.12, and those on a tmpfs."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Documentation/admin-guide/devices.txt
+LOOP_MAJOR = 7
 # linux/loop.h
 LOOP_CTL_GET_FREE = 0x4C82
 LOOP_CONFIGURE = 0x4C0A
@@ -44,8 +48,9 @@ def _configured(file: int) -> tuple[int, str]:
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
         while True:
-            name = f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}"
-            device = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+            number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+            name = f"/dev/loop{number}"
+            device = _opened(name, number)
             try:
                 fcntl.ioctl(device, LOOP_CONFIGURE, config)
             except OSError as error:
@@ -57,3 +62,12 @@ def _configured(file: int) -> tuple[int, str]:
                 return device, name
     finally:
         os.close(control)
+
+
+def _opened(name: str, number: int) -> int:
+    try:
+        return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        # The driver has just made the device, and a /dev that is no devtmpfs has no node for it.
+        os.mknod(name, stat.S_IFBLK | 0o600, os.makedev(LOOP_MAJOR, number))
+        return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
