@@ -48,12 +48,21 @@ async def test_a_vm_powers_off_and_the_next_one_finds_its_disk(
     assert [pid for pid in processes if is_running(pid)] == []
 
 
-async def test_a_vm_without_a_disk_keeps_images_in_memory(
+async def test_a_first_boot_without_a_disk_is_ready_and_keeps_images_in_memory(
     vm_registry: str, images: Images, tmp_path: Path
 ) -> None:
+    # Nothing is cached yet: what boot.py fetches for itself must not get in before `ready`.
+    new = tmp_path / "image"
+    new.mkdir()
+    for name in ("vmlinux", "initramfs.cpio", "manifest.json"):
+        (new / name).symlink_to(PROJECT / "build" / name)
     image = images.whiteouts.reference_from(LOOPBACK_IN_VM)
     with booted(
-        tmp_path, kind="auto", in_memory=True, insecure_registries=[vm_registry]
+        tmp_path,
+        kind="auto",
+        in_memory=True,
+        insecure_registries=[vm_registry],
+        options=[f"--image={new}"],
     ) as machine:
         async with open_client(machine.address) as client:
             await pull(client, image)
