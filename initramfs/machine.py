@@ -63,13 +63,15 @@ def choose(wanted: str, host: Host) -> Choice:
         obstacle = "/dev/kvm cannot be opened"
     if wanted == Kind.NAMESPACES:
         return Choice(Kind.NAMESPACES)
+    vsock = host.vhost_vsock_opens
     if wanted == Kind.TCG:
-        return Choice(Kind.TCG)
+        return Choice(Kind.TCG, host_vsock=vsock)
     if obstacle is None:
-        return Choice(Kind.KVM, host_vsock=host.vhost_vsock_opens)
+        return Choice(Kind.KVM, host_vsock=vsock)
     if wanted == Kind.KVM:
         raise BootError(f"no KVM: {obstacle}")
-    return Choice(Kind.TCG, notice=f"no KVM ({obstacle}): the machine is emulated, and slow")
+    notice = f"no KVM ({obstacle}): the machine is emulated, and slow"
+    return Choice(Kind.TCG, host_vsock=vsock, notice=notice)
 
 
 @frozen

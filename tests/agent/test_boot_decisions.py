@@ -1,0 +1,158 @@
+"""What boot.py decides, and the exact command lines that follow.
+
+KVM and vhost-vsock need hardware that builders' machines lack, so what is not run there is held to
+the letter here.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from initramfs import qemu
+from initramfs.architecture import ARCHITECTURES
+from initramfs.errors import BootError
+from initramfs.machine import Choice, Host, Kind, Network, boot_words, choose, parse_size
+
+ABLE = Host(virtualises=True, kvm_opens=True, vhost_vsock_opens=True)
+PLAIN = Host(virtualises=False, kvm_opens=True, vhost_vsock_opens=False)
+QUICK = "quiet panic=-1 cryptomgr.notests 8250.nr_uarts=1 i8042.noaux random.trust_cpu=on"
+
+
+def hardware(kind: Kind, **more: object) -> qemu.Hardware:
+    settings: dict[str, object] = {
+        "architecture": ARCHITECTURES["amd64"],
+        "kind": kind,
+        "image": Path("/image"),
+        "memory_bytes": 1 << 30,
+        "cpus": 2,
+        "words": boot_words("/dev/vda", network=Network(), insecure_registries=["10.0.2.2:5000"]),
+        **more,
+    }
+    return qemu.Hardware(**settings)  # type: ignore[arg-type]  # one place makes them all
+
+
+class TestTheChoice:
+    def test_kvm_is_taken_where_processor_and_device_allow_it(self) -> None:
+        assert choose("auto", ABLE) == Choice(Kind.KVM, host_vsock=True)
+
+    def test_a_kvm_device_on_a_processor_without_the_flag_is_not_trusted(self) -> None:
+        choice = choose("auto", PLAIN)
+        assert choice.kind is Kind.TCG
+        assert choice.notice is not None
+        assert "neither svm nor vmx" in choice.notice
+
+    def test_without_the_device_the_machine_is_emulated_and_it_is_said(self) -> None:
+        host = Host(virtualises=True, kvm_opens=False, vhost_vsock_opens=False)
+        choice = choose("auto", host)
+        assert choice.kind is Kind.TCG
+        assert choice.notice is not None
+        assert "/dev/kvm cannot be opened" in choice.notice
+
+    def test_kvm_that_was_asked_for_and_cannot_work_is_refused(self) -> None:
+        with pytest.raises(BootError, match="no KVM: the processor shows neither svm nor vmx"):
+            choose("kvm", PLAIN)
+
+    def test_the_daemon_is_needed_only_without_the_kernels_vsock(self) -> None:
+        assert not choose("tcg", PLAIN).host_vsock
+        assert choose("tcg", ABLE).host_vsock
+        assert not choose("kvm", Host(True, True, vhost_vsock_opens=False)).host_vsock
+
+    def test_namespaces_ask_nothing_of_the_processor(self) -> None:
+        assert choose("namespaces", PLAIN) == Choice(Kind.NAMESPACES)
+
+
+class TestTheCommandLine:
+    def test_of_kvm_with_the_kernels_vsock(self) -> None:
+        words = (
+            f"console=ttyS0 {QUICK} innkeep.storage=/dev/vda "
+            "innkeep.insecure_registry=10.0.2.2:5000 innkeep.ip=10.0.2.15/24 "
+            "innkeep.gateway=10.0.2.2 innkeep.dns=10.0.2.3"
+        )
+        assert qemu.command_line(hardware(Kind.KVM, cid=42, disk=Path("/a,b.img"))) == [
+            "qemu-system-x86_64",
+            *("-machine", "q35"),
+            *("-accel", "kvm"),
+            *("-cpu", "host"),
+            *("-smp", "2"),
+            *("-m", "1024M"),
+            *("-nodefaults", "-no-user-config", "-no-reboot"),
+            *("-display", "none"),
+            *("-serial", "stdio"),
+            *("-kernel", "/image/vmlinux"),
+            *("-initrd", "/image/initramfs.cpio"),
+            *("-append", words),
+            *("-netdev", "user,id=net"),
+            *("-device", "virtio-net-pci,netdev=net,romfile="),
+            *("-device", "vhost-vsock-pci,guest-cid=42"),
+            *("-drive", "if=none,id=storage,format=raw,discard=unmap,file=/a,,b.img"),
+            *("-device", "virtio-blk-pci,drive=storage"),
+        ]
+
+    def test_of_kvm_with_the_daemons_vsock_shares_the_machines_memory(self) -> None:
+        line = qemu.command_line(hardware(Kind.KVM, vsock_socket=7))
+        assert line[line.index("-machine") + 1] == "q35,memory-backend=memory"
+        assert "memory-backend-memfd,id=memory,size=1024M,share=on" in line
+        assert "socket,id=vsock,fd=7" in line
+        assert "vhost-user-vsock-pci,chardev=vsock" in line
+        assert not any("guest-cid" in word for word in line)
+
+    def test_users_of_kvm_keep_what_the_emulated_kernel_goes_without(self) -> None:
+        for word in ("mitigations=off", "nokaslr", "apparmor=0"):
+            assert word not in qemu.kernel_words(hardware(Kind.KVM))
+            assert word in qemu.kernel_words(hardware(Kind.TCG))
+
+
+class TestDisks:
+    def test_one_that_is_missing_is_made_sparse(self, tmp_path: Path) -> None:
+        disk = tmp_path / "storage.img"
+        qemu.make_disk(disk)
+        assert disk.stat().st_size == qemu.DEFAULT_DISK_SIZE
+        assert disk.stat().st_blocks == 0
+
+    def test_one_that_is_there_keeps_what_it_holds(self, tmp_path: Path) -> None:
+        disk = tmp_path / "storage.img"
+        disk.write_bytes(b"data")
+        qemu.make_disk(disk)
+        assert disk.read_bytes() == b"data"
+
+    def test_one_that_cannot_be_made_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(BootError, match=f"cannot make the disk {tmp_path}/none/disk"):
+            qemu.make_disk(tmp_path / "none" / "disk")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512", 512 << 20), ("512M", 512 << 20), ("2G", 2 << 30), ("1T", 1 << 40)]
+)
+def test_sizes_are_read_as_qemu_writes_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5G", "1GB", "many"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--machine=xen"], "invalid choice: 'xen'"),
+        (["--memory=lots"], "'lots' is no size, expected one like 512M or 2G"),
+        (["--machine=namespaces", "--image=/nowhere"], "no image in /nowhere: run `make image`"),
+        (["--machine=tcg", "--image=/nowhere"], "no image in /nowhere: run `make image`"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_without_a_traceback(arguments: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "initramfs.boot", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert said in done.stderr.splitlines()[-1]
+    assert not re.search("Traceback", done.stderr)
