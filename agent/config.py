@@ -7,7 +7,6 @@ the kernel is not ours (``boot.py --machine namespaces``). Outside the image it 
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -115,6 +114,9 @@ def _from_words(words: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_arguments(argv: Sequence[str]) -> dict[str, Any]:
+    # Never needed in the image, where its import would delay the first answer.
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="python -m agent",
         description="innkeep's agent, served outside its image: disks, links and power are left "

@@ -15,17 +15,15 @@ from agent.processes.cgroup import Cgroup
 
 log = logging.getLogger(__name__)
 
-CGROUP_MOUNT = Path("/sys/fs/cgroup")
-
 
 @contextmanager
-def isolated() -> Iterator[Path | None]:
+def isolated(cgroup_mount: Path) -> Iterator[Path | None]:
     """A mount namespace of our own, and in it a cgroup of our own; yields the cgroup's directory.
 
     To be entered before the process has threads. What the agent mounts is seen by nobody else on
-    the machine and is gone with it. cgroup2 is mounted over whatever hierarchy the machine has,
-    since crun accepts it only alone. The cgroup is removed at the end, unless processes that
-    commands left behind still live in it.
+    the machine and is gone with it. cgroup2 is mounted at ``cgroup_mount``, over whatever hierarchy
+    the machine has there, since crun accepts it only alone. The cgroup is removed at the end,
+    unless processes that commands left behind still live in it.
 
     Without the privilege the agent serves all the same, yields None, and mounting is refused when
     it is asked for.
@@ -38,8 +36,8 @@ def isolated() -> Iterator[Path | None]:
         unshare(CLONE_NEWNS)
         mount(None, "/", flags=MS_REC | MS_PRIVATE)
         flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-        mount("cgroup2", CGROUP_MOUNT, fstype="cgroup2", flags=flags)
-        cgroup = Cgroup.make(CGROUP_MOUNT / _own_cgroup().lstrip("/"))
+        mount("cgroup2", cgroup_mount, fstype="cgroup2", flags=flags)
+        cgroup = Cgroup.make(cgroup_mount / _own_cgroup().lstrip("/"))
     except OSError as error:
         log.warning("commands have no cgroups of their own: %s", cause_of(error))
         yield None

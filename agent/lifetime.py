@@ -5,24 +5,31 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-import sys
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
 from agent import logs
 from agent.config import AgentConfig
-from agent.doorbell import ring_doorbell
 from agent.errors import AgentError
-from agent.isolation import CGROUP_MOUNT, isolated
+from agent.gate import Gate
+from agent.hangup import HangupWatch
 from agent.server import serve
-from agent.services import Services, open_services
+from protocol.errors import ErrorCode
+
+if TYPE_CHECKING:
+    from agent.services import Services
 
 log = logging.getLogger(__name__)
 
+CGROUP_MOUNT = Path("/sys/fs/cgroup")
 POWER_OFF = 0
 START_AGAIN = 1
+
+OpenServices = Callable[[AgentConfig, Path | None], "AbstractAsyncContextManager[Services]"]
 
 
 def run(listener: socket.socket, config: AgentConfig) -> int:
@@ -30,34 +37,66 @@ def run(listener: socket.socket, config: AgentConfig) -> int:
     logs.configure(config.log_level)
     for word in config.unknown_words:
         log.warning("innkeep.%s means nothing: misspelt?", word)
-    try:
-        with nullcontext(CGROUP_MOUNT) if config.in_image else isolated() as cgroup_root:
-            return trio.run(_live, listener, config, cgroup_root)
-    except AgentError as error:
-        print(f"innkeep: {error.message}", file=sys.stderr)
-        return START_AGAIN
+    with _cgroup_root(config) as cgroup_root:
+        return trio.run(_live, listener, config, cgroup_root)
+
+
+@contextmanager
+def _cgroup_root(config: AgentConfig) -> Iterator[Path | None]:
+    """The directory of cgroup2 below which commands run; outside the image one of our own."""
+    if config.in_image:
+        yield CGROUP_MOUNT
+        return
+    from agent.isolation import isolated
+
+    with isolated(CGROUP_MOUNT) as cgroup:
+        yield cgroup
 
 
 async def _live(listener: socket.socket, config: AgentConfig, cgroup_root: Path | None) -> int:
-    async with open_services(config, cgroup_root) as services, trio.open_nursery() as nursery:
-        await nursery.start(_stop_on_signal, services)
-        nursery.start_soon(serve, listener, services)
-        if listener.family == socket.AF_VSOCK and config.in_image:
-            nursery.start_soon(ring_doorbell, services)
+    """Serve first, and import what most requests need while pings are answered already."""
+    gate: Gate[Services] = Gate()
+    hangups = HangupWatch()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_stop_on_signal, gate)
+        nursery.start_soon(hangups.run)
+        nursery.start_soon(serve, listener, config.vsock_peers, hangups, gate)
         log.info("serving on %s", config.listen)
-        await services.stopped.wait()
-        nursery.cancel_scope.cancel()
+        open_services = await trio.to_thread.run_sync(_import_services)
+        try:
+            async with open_services(config, cgroup_root) as services:
+                gate.open(services)
+                if listener.family == socket.AF_VSOCK and config.in_image:
+                    from agent.doorbell import ring_doorbell
+
+                    nursery.start_soon(ring_doorbell, services)
+                await services.stopped.wait()
+                nursery.cancel_scope.cancel()
+        except AgentError as error:
+            log.error("cannot go on: %s", error.message)
+            nursery.cancel_scope.cancel()
+            return START_AGAIN
     log.info("stopped")
     return POWER_OFF
 
 
+def _import_services() -> OpenServices:
+    # The handlers too, so that the first request finds them.
+    import agent.handlers
+    from agent.services import open_services
+
+    assert agent.handlers.HANDLERS
+    return open_services
+
+
 async def _stop_on_signal(
-    services: Services, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    gate: Gate[Services], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
             log.info("stopping on %s", signal.Signals(number).name)
+            services = await gate.passed(ErrorCode.INTERNAL_ERROR)
             await services.stop()
             services.stopped.set()
             return

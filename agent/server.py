@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import logging
 import socket
+from typing import TYPE_CHECKING
 
 import trio
 
 from agent.connection import Connection
-from agent.services import Services
+from agent.gate import Gate
+from agent.hangup import HangupWatch
 from agent.session import converse
 from protocol.constants import Cid
+
+if TYPE_CHECKING:
+    from agent.services import Services
 
 log = logging.getLogger(__name__)
 
 
-async def serve(listener: socket.socket, services: Services) -> None:
+async def serve(
+    listener: socket.socket,
+    vsock_peers: frozenset[int],
+    hangups: HangupWatch,
+    services: Gate[Services],
+) -> None:
     """Serve every connection on ``listener`` until cancelled; the caller closes the listener.
 
+    ``vsock_peers`` are the CIDs that are served besides the host's; ``hangups`` is running.
     One connection's defect ends that connection alone. When descriptors run out, trio's accept
     loop logs it and goes on a moment later.
     """
@@ -28,10 +39,10 @@ async def serve(listener: socket.socket, services: Services) -> None:
         # trio's wrapper gives the descriptor up, so that exactly one object closes it.
         peer = socket.socket(fileno=stream.socket.detach())
         with peer:
-            if not _is_served(peer, services.config.vsock_peers):
+            if not _is_served(peer, vsock_peers):
                 return
             try:
-                await converse(Connection(peer), services)
+                await converse(Connection(peer), hangups, services)
             except Exception:
                 log.exception("a conversation failed")
 

@@ -13,7 +13,6 @@ import trio
 from agent.config import AgentConfig
 from agent.errors import AgentError, cause_of, failing_as
 from agent.gate import Gate
-from agent.hangup import HangupWatch
 from agent.images.content_store import ContentStore
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
@@ -49,7 +48,6 @@ class Services:
 
     config: AgentConfig
     disk: Disk
-    hangups: HangupWatch
     processes: Processes
     containers: ContainerRuntime
     images: Gate[Images] = attrs.field(factory=Gate)
@@ -164,11 +162,9 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
                 config.storage_in_memory,
                 WORKSPACE_MOUNT if config.in_image else None,
             ),
-            hangups=HangupWatch(),
             processes=processes,
             containers=containers,
         )
-        nursery.start_soon(services.hangups.run)
         nursery.start_soon(_bring_up_at_boot, services)
         nursery.start_soon(services.bring_up_network)
         yield services

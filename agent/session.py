@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
@@ -13,10 +13,14 @@ from agent import logs
 from agent.channel import Channel, Request
 from agent.connection import READ_BYTES, Connection, PeerGone
 from agent.errors import AgentError
-from agent.handlers import DROPPED, HANDLERS, OUTLIVE_THEIR_CONNECTION, QUIET
-from agent.services import Services
-from protocol import AgentRequest, AgentResponse, responses
+from agent.gate import Gate
+from agent.hangup import HangupWatch
+from protocol import AgentRequest, AgentResponse, requests, responses
+from protocol.constants import PROTOCOL_VERSION
 from protocol.errors import ErrorCode, FrameTooLarge, MalformedMessage
+
+if TYPE_CHECKING:
+    from agent.services import Services
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +29,18 @@ log = logging.getLogger(__name__)
 FAREWELL_S = 1.0
 FAREWELL_BYTES = 64 * 1024 * 1024
 
+DROPPED: frozenset[type] = frozenset({requests.Stdin, requests.Resize})
+"""Follow-ups that get no answer, and so are dropped where no session takes them."""
+
+OUTLIVE_THEIR_CONNECTION: frozenset[type] = frozenset({requests.Shutdown, requests.FormatStorage})
+"""Requests that run to their end when the peer hangs up, and even if it has already."""
+
+PONG = responses.Pong(version=PROTOCOL_VERSION)
+
 Failure = TypeVar("Failure", bound=Exception)
 
 
-async def converse(connection: Connection, services: Services) -> None:
+async def converse(connection: Connection, hangups: HangupWatch, services: Gate[Services]) -> None:
     """Serve one connection until its peer is done or gone. The caller closes it.
 
     A hang-up cancels what the connection was doing. Of the requests that still lie unread then,
@@ -38,7 +50,7 @@ async def converse(connection: Connection, services: Services) -> None:
     channel = Channel(connection)
     with trio.CancelScope() as conversation:
         try:
-            with services.hangups.watching(connection.socket, conversation.cancel):
+            with hangups.watching(connection.socket, conversation.cancel):
                 await _answer_requests(channel, services)
         except FrameTooLarge as error:
             await _refuse_and_hear_out(channel, connection.socket, error)
@@ -49,7 +61,7 @@ async def converse(connection: Connection, services: Services) -> None:
         await _carry_out_the_rest(channel, services)
 
 
-async def _answer_requests(channel: Channel, services: Services) -> None:
+async def _answer_requests(channel: Channel, services: Gate[Services]) -> None:
     while True:
         try:
             envelope = await channel.next_request()
@@ -63,9 +75,14 @@ async def _answer_requests(channel: Channel, services: Services) -> None:
         await _answer(envelope, channel, services)
 
 
-async def _answer(envelope: Request, channel: Channel, services: Services) -> None:
+async def _answer(envelope: Request, channel: Channel, services: Gate[Services]) -> None:
     request: AgentRequest = envelope.body
     kind = type(request)
+    if kind is requests.Ping:
+        # Hosts ask this most and wait for it least: it needs no service, also while there are
+        # none yet, and leaves no line in the log.
+        await channel.send(PONG)
+        return
     if kind in DROPPED:
         # Left over after its session's end: an answer would be taken for the next request's.
         return
@@ -84,7 +101,11 @@ async def _answer(envelope: Request, channel: Channel, services: Services) -> No
         logs.trace_id.reset(token)
 
 
-async def _handle(request: AgentRequest, channel: Channel, services: Services) -> AgentResponse:
+async def _handle(request: AgentRequest, channel: Channel, gate: Gate[Services]) -> AgentResponse:
+    services = await gate.passed(ErrorCode.INTERNAL_ERROR)
+    # Imported, with the services, while the first pings were answered.
+    from agent.handlers import HANDLERS
+
     kind = type(request)
     handler = HANDLERS[kind]
     method = handler.__name__
@@ -105,13 +126,12 @@ async def _handle(request: AgentRequest, channel: Channel, services: Services) -
                 f"{method}: internal error; the agent's log on the VM's console tells the cause",
             )
         answer = responses.Error(message=refusal.message, code=refusal.code.value)
-    if kind not in QUIET:
-        log.info(
-            "%s: %s after %.1f ms",
-            method,
-            f"{answer.code}: {answer.message}" if isinstance(answer, responses.Error) else "done",
-            (time.monotonic() - begun) * 1000,
-        )
+    log.info(
+        "%s: %s after %.1f ms",
+        method,
+        f"{answer.code}: {answer.message}" if isinstance(answer, responses.Error) else "done",
+        (time.monotonic() - begun) * 1000,
+    )
     return answer
 
 
@@ -137,7 +157,7 @@ async def _refuse_and_hear_out(channel: Channel, peer: socket.socket, error: Fra
             heard += len(data)
 
 
-async def _carry_out_the_rest(channel: Channel, services: Services) -> None:
+async def _carry_out_the_rest(channel: Channel, services: Gate[Services]) -> None:
     with trio.CancelScope(shield=True):
         while (envelope := channel.pending_request()) is not None:
             if type(envelope.body) in OUTLIVE_THEIR_CONNECTION:

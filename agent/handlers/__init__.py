@@ -9,7 +9,7 @@ from agent.channel import Channel
 from agent.errors import AgentError
 from agent.handlers.containers import run
 from agent.handlers.images import list_images, pull, query
-from agent.handlers.machine import format_storage, ping, shutdown, storage_status
+from agent.handlers.machine import format_storage, shutdown, storage_status
 from agent.handlers.overlays import cleanup_overlay, prepare_overlay
 from agent.handlers.processes import vm_exec
 from agent.services import Services
@@ -31,7 +31,6 @@ def unsupported(method: str) -> Handler:
 
 
 HANDLERS: Mapping[type, Handler] = {
-    requests.Ping: ping,
     requests.Pull: pull,
     requests.Query: query,
     requests.ListImages: list_images,
@@ -51,12 +50,3 @@ HANDLERS: Mapping[type, Handler] = {
     requests.FileRead: unsupported("file_read"),
     requests.FlattenLayers: unsupported("flatten_layers"),
 }
-
-DROPPED: frozenset[type] = frozenset({requests.Stdin, requests.Resize})
-"""Follow-ups that get no answer, and so are dropped where no session takes them."""
-
-OUTLIVE_THEIR_CONNECTION: frozenset[type] = frozenset({requests.Shutdown, requests.FormatStorage})
-"""Requests that run to their end when the peer hangs up, and even if it has already."""
-
-QUIET: frozenset[type] = frozenset({requests.Ping})
-"""Requests that leave no log line: hosts send them all the time."""

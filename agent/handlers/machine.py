@@ -1,4 +1,4 @@
-"""Requests about the machine itself: is it there, its storage, its end."""
+"""Requests about the machine itself: its storage, its end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from agent.errors import AgentError, failing_as
 from agent.services import Services
 from agent.storage.usage import usage_of
 from protocol import AgentResponse, requests, responses, values
-from protocol.constants import PROTOCOL_VERSION
 from protocol.errors import ErrorCode
-
-
-async def ping(request: requests.Ping, channel: Channel, services: Services) -> AgentResponse:
-    return responses.Pong(version=PROTOCOL_VERSION)
 
 
 async def storage_status(
