@@ -1,8 +1,9 @@
 """How long a VM takes from QEMU's start until its agent listens, and until it has answered.
 
 The reference is the same image on the same machine, with busybox's shell in the place of init
-(``init=/bin/sh``): no Python, and nothing mounted after the root. Rounds are interleaved. Times count from the start of the QEMU
-process, as /proc has it (10 ms steps), so that boot.py's own start does not flatter the ratio.
+(``init=/bin/sh``): no Python, and nothing mounted after the root. Rounds are interleaved. Times
+count from the start of the QEMU process, as /proc has it (10 ms steps), so that boot.py's own start
+does not flatter the ratio.
 """
 
 from __future__ import annotations
