@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
 POWER_OFF = 0
 START_AGAIN = 1
+# Of the scheduler: accept, begin the session, read, answer, and as many to spare. A host that
+# asked during the first imports gets its pong before the others take the interpreter.
+STEPS_TO_A_PONG = 8
 
 OpenServices = Callable[[AgentConfig, Path | None], "AbstractAsyncContextManager[Services]"]
 
@@ -62,6 +65,8 @@ async def _live(listener: socket.socket, config: AgentConfig, cgroup_root: Path 
         nursery.start_soon(hangups.run)
         nursery.start_soon(serve, listener, config.vsock_peers, hangups, gate)
         log.info("serving on %s", config.listen)
+        for _ in range(STEPS_TO_A_PONG):
+            await trio.lowlevel.checkpoint()
         open_services = await trio.to_thread.run_sync(_import_services)
         try:
             async with open_services(config, cgroup_root) as services:
