@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "without one, images go with the machine",
     )
     option("--memory", type=_size, default="1G", metavar="SIZE", help="default: 1G")
-    option("--cpus", type=int, default=2, metavar="N", help="default: 2")
+    option("--cpus", type=int, metavar="N", help="default: 2, emulated 1")
     option(
         "--insecure-registry",
         action="append",
@@ -143,7 +143,8 @@ async def _in_vm(
         kind=choice.kind,
         image=options.image,
         memory_bytes=options.memory,
-        cpus=options.cpus,
+        # Emulated ones take turns on one thread, and only cost each other time.
+        cpus=options.cpus or (2 if choice.kind is Kind.KVM else 1),
         disk=disk,
         # Machine-wide, as process ids are; 0 to 2 have meanings of their own.
         cid=3 + os.getpid(),
