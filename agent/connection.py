@@ -44,10 +44,8 @@ class Connection:
             payload = self._decoder.next_frame()
             if payload is not None:
                 return payload
-            data = await self._read()
-            if not data:
+            if not await self._fill():
                 return None
-            self._decoder.receive_data(data)
 
     def receive_pending(self) -> bytes | None:
         """As ``receive``, but only from what has arrived already; None when there is no more."""
@@ -81,7 +79,8 @@ class Connection:
                 except OSError as error:
                     raise PeerGone(str(error)) from error
 
-    async def _read(self) -> bytes:
+    async def _fill(self) -> bool:
+        """Take what arrives next into the decoder; False at the end of the stream."""
         waited = False
         while True:
             try:
@@ -92,7 +91,9 @@ class Connection:
                 waited = True
             except OSError as error:
                 raise PeerGone(str(error)) from error
+        self._decoder.receive_data(data)
         if not waited:
-            # A peer that sends without pause must not keep the loop to itself.
+            # A peer that sends without pause must not keep the loop to itself. Only now that the
+            # decoder has the bytes: a hang-up cancels here, and they may hold a shutdown.
             await trio.lowlevel.checkpoint()
-        return data
+        return bool(data)

@@ -62,6 +62,16 @@ async def test_a_cancelled_receive_loses_no_byte(
     assert await channel.next_request() == Envelope(None, requests.Ping())
 
 
+async def test_a_receive_that_is_cancelled_when_bytes_are_there_loses_none(
+    channel: Channel, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    ends[1].send(PING)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await channel.next_request()
+    assert channel.pending_request() == Envelope(None, requests.Ping())
+
+
 async def test_a_message_that_cannot_be_read_leaves_the_next_one_readable(
     channel: Channel, ends: tuple[socket.socket, socket.socket]
 ) -> None:
