@@ -6,7 +6,7 @@ Used qualified (``responses.Ok``), since requests and the workload protocol shar
 import attrs
 
 from protocol.fields import OMITTED, length_only, printable
-from protocol.values import I32, U8, U32
+from protocol.values import I32, U8, U32, U64
 
 
 @attrs.frozen
@@ -43,13 +43,23 @@ class Error:
 
 @attrs.frozen
 class Completed:
-    """A plain command's end; a truncated stream holds its head only."""
+    """A plain command's end; a truncated stream holds its head only.
+
+    From ``oom`` on the fields are those of capability ``process-stats-v1``, as in ``Exited``.
+    """
 
     exit_code: I32
     stdout: bytes = attrs.field(repr=length_only)
     stderr: bytes = attrs.field(repr=length_only)
     stdout_truncated: bool = attrs.field(default=False, metadata=OMITTED)
     stderr_truncated: bool = attrs.field(default=False, metadata=OMITTED)
+    oom: bool | None = attrs.field(default=None, metadata=OMITTED)
+    signal: I32 | None = attrs.field(default=None, metadata=OMITTED)
+    timed_out: bool = attrs.field(default=False, metadata=OMITTED)
+    # Measured, so that no two runs are alike in them: answers that differ in nothing else are equal.
+    duration_ms: U64 | None = attrs.field(default=None, metadata=OMITTED, eq=False)
+    cpu_us: U64 | None = attrs.field(default=None, metadata=OMITTED, eq=False)
+    peak_memory_bytes: U64 | None = attrs.field(default=None, metadata=OMITTED, eq=False)
 
 
 @attrs.frozen
@@ -73,10 +83,21 @@ class Stderr:
 
 @attrs.frozen
 class Exited:
-    """An interactive command's end; ``oom``: the kernel killed it for memory."""
+    """An interactive command's end.
+
+    ``oom``: the kernel killed a process of it for memory; ``signal``: the one that ended it, where
+    the agent knows; ``timed_out``: its time limit ended it. ``duration_ms`` is from its start to
+    its end, ``cpu_us`` the processor time of all its processes, ``peak_memory_bytes`` the most
+    memory that they held.
+    """
 
     exit_code: I32
     oom: bool | None = attrs.field(default=None, metadata=OMITTED)
+    signal: I32 | None = attrs.field(default=None, metadata=OMITTED)
+    timed_out: bool = attrs.field(default=False, metadata=OMITTED)
+    duration_ms: U64 | None = attrs.field(default=None, metadata=OMITTED, eq=False)
+    cpu_us: U64 | None = attrs.field(default=None, metadata=OMITTED, eq=False)
+    peak_memory_bytes: U64 | None = attrs.field(default=None, metadata=OMITTED, eq=False)
 
 
 @attrs.frozen

@@ -62,6 +62,14 @@ TimeoutOption = Annotated[
     ),
 ]
 
+InteractiveOption = Annotated[
+    bool, typer.Option("-i", "--interactive", help="Pass our input on to it.")
+]
+TtyOption = Annotated[bool, typer.Option("-t", "--tty", help="Give it a terminal.")]
+BackgroundOption = Annotated[
+    bool, typer.Option("--background", help="Leave it running, and print its process id.")
+]
+
 
 @app.callback()
 def options(
@@ -172,6 +180,37 @@ def run_command(
     workdir: WorkdirOption = None,
     user: UserOption = None,
     timeout: TimeoutOption = None,
+    interactive: InteractiveOption = False,
+    tty: TtyOption = False,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "-d",
+            "--detach",
+            help="Leave it running as the container's first process; print its id.",
+        ),
+    ] = False,
+    background: BackgroundOption = False,
+    overlay: Annotated[
+        str | None,
+        typer.Option(
+            "--overlay",
+            metavar="ID",
+            help="Keep the root's changes under this name; runs of one name share a container.",
+        ),
+    ] = None,
+    volume: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-v",
+            "--volume",
+            metavar="TAG|DIR:PATH[:ro]",
+            help="Mount a virtiofs share, or a directory of the VM.",
+        ),
+    ] = None,
+    privileged: Annotated[
+        bool, typer.Option("--privileged", help="Lift the limits that containers have.")
+    ] = False,
     platform: PlatformOption = None,
     pull: Annotated[PullPolicy, typer.Option("--pull", help="When to pull the image.")] = (
         PullPolicy.MISSING
@@ -187,7 +226,14 @@ def run_command(
         env=execution.environment(env or ()),
         workdir=workdir,
         user=user,
+        mounts=execution.mounts(volume or ()),
         timeout_ms=execution.milliseconds(timeout),
+        interactive=interactive,
+        tty=tty,
+        detached=detach,
+        persistent_overlay_id=overlay,
+        background=background,
+        unprivileged=not privileged,
     )
     return execution.run(settings_of(context), request, platform, pull)
 
@@ -199,6 +245,9 @@ def exec_command(
     env: EnvOption = None,
     workdir: WorkdirOption = None,
     timeout: TimeoutOption = None,
+    interactive: InteractiveOption = False,
+    tty: TtyOption = False,
+    background: BackgroundOption = False,
 ) -> int:
     """Run a command in the VM itself, as root; exits with its exit code.
 
@@ -209,6 +258,9 @@ def exec_command(
         env=execution.environment(env or ()),
         workdir=workdir,
         timeout_ms=execution.milliseconds(timeout),
+        interactive=interactive,
+        tty=tty,
+        background=background,
     )
     return execution.execute(settings_of(context), request)
 
@@ -221,7 +273,9 @@ def run(arguments: list[str]) -> int:
     """Run a command line; the exit code to end with. Says what failed in one line on stderr."""
     try:
         code = app(arguments, prog_name="innkeep", standalone_mode=False)
-        sys.stdout.flush()
+        # None where it was closed before we started.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except CommandFailed as error:
         output.print_error(str(error))
         return error.exit_code

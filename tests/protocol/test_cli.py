@@ -12,8 +12,22 @@ import trio
 
 from protocol import AgentResponse, requests, responses
 from protocol.values import StorageStatus
-from tests.protocol.command_line import ALPINE, DONE, PROJECT, PULLED, innkeep, with_answers
+from tests.protocol.command_line import ALPINE, PROJECT, PULLED, innkeep, with_answers
 from tests.protocol.fake_agent import Peer, Script, serving
+from tests.protocol.sessions import DONE
+
+WRONG_VOLUMES = (
+    "",
+    "share",
+    ":",
+    ":/data",
+    "share:",
+    "share:data",
+    "share::ro",
+    "share:/data:",
+    "share:/data:rx",
+    "share:/data:ro:ro",
+)
 
 
 @pytest.fixture
@@ -98,6 +112,13 @@ async def test_an_agent_that_hangs_up_is_one_line(path: Path, arguments: list[st
         (["run", "--pull", "sometimes", "alpine"], b"sometimes"),
         (["exec", "--timeout", "-1", "ls"], b"--timeout"),
         (["exec", "-e", "=x", "ls"], b"=x"),
+        *((["run", "-v", v, "alpine"], b"TAG|DIR:PATH[:ro]") for v in WRONG_VOLUMES),
+        (["exec", "-d", "ls"], b"-d"),
+        (["run", "-d", "--background", "alpine"], b"--detach and --background exclude"),
+        (["run", "-dit", "alpine"], b"--detach takes neither --interactive nor --tty"),
+        (["exec", "-i", "--background", "ls"], b"--background takes neither"),
+        (["--json", "exec", "-i", "ls"], b"--json takes neither"),
+        (["--json", "run", "-t", "alpine"], b"--json takes neither"),
         (["--connect", "localhost:1", "exec", "ls"], b"localhost:1"),
     ],
 )
@@ -116,8 +137,18 @@ async def test_a_wrong_command_line_is_one_line_and_exit_code_2(
     ("arguments", "words"),
     [
         ([], ["ping", "pull", "images", "query", "run", "exec", "status", "shutdown", "--json"]),
-        (["run"], ["--env", "--workdir", "--user", "--timeout", "--platform", "--pull"]),
-        (["exec"], ["--env", "--workdir", "--timeout"]),
+        (
+            ["run"],
+            [
+                *("--env", "--workdir", "--user", "--timeout", "--platform", "--pull"),
+                *("--interactive", "--tty", "--detach", "--background", "--overlay"),
+                *("--volume", "--privileged"),
+            ],
+        ),
+        (
+            ["exec"],
+            ["--env", "--workdir", "--timeout", "--interactive", "--tty", "--background"],
+        ),
     ],
 )
 async def test_help_tells_what_there_is(arguments: list[str], words: list[str]) -> None:
@@ -242,7 +273,9 @@ async def test_an_interrupt_hangs_up_and_ends_quietly(path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["exec", "yes"], ["ping"]])
 async def test_a_reader_that_goes_away_is_no_traceback(path: Path, arguments: list[str]) -> None:
-    script = Script({requests.VmExec: [[DONE]], requests.Ping: [[responses.Pong(1)]]})
+    script = Script(
+        {requests.VmExec: [DONE], requests.Stdin: [[]], requests.Ping: [[responses.Pong(1)]]}
+    )
     reading, writing = os.pipe()
     os.close(reading)
     try:

@@ -29,7 +29,9 @@ async def test_requests_sent_at_once_are_answered_in_their_order(machine: Machin
         await wire.send({"method": "ping"})
         await wire.send({"method": "vm_exec", "command": ["echo", "third"]})
         first, second, third = [await wire.receive() for _ in range(3)]
-    assert first == {"status": "completed", "exit_code": 0, "stdout": "Zmlyc3QK", "stderr": ""}
+    assert {"status": "completed", "exit_code": 0, "stdout": "Zmlyc3QK", "stderr": ""}.items() <= (
+        first.items()
+    )
     assert is_pong(second)
     assert third == {"status": "completed", "exit_code": 0, "stdout": "dGhpcmQK", "stderr": ""}
 
