@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import attrs
 
@@ -52,8 +52,14 @@ class AgentConfig:
     registry_ca_files: Mapping[str, Path] = attrs.field(factory=dict)
     vsock_peers: frozenset[int] = frozenset()
     uplink: Uplink | None = None
+    workload_memory: int | Literal["max"] | None = None
+    """Bytes for all workloads together; this and the next two: by the VM's size where None."""
+    workload_pids: int | Literal["max"] | None = None
+    command_pids: int | Literal["max"] | None = None
     mkfs_erofs: str = "mkfs.erofs"
     crun: str = "crun"
+    catatonit: str = "/usr/bin/catatonit"
+    """The first process of containers that stay."""
     log_level: str = "INFO"
     unknown_words: tuple[str, ...] = ()
     """Words of the boot configuration that nobody reads: most likely misspelt."""
@@ -74,6 +80,7 @@ class AgentConfig:
         tools: dict[str, Any] = {
             "mkfs_erofs": environ.get("INNKEEP_MKFS_EROFS", "mkfs.erofs"),
             "crun": environ.get("INNKEEP_CRUN", "crun"),
+            "catatonit": environ.get("INNKEEP_CATATONIT", "/usr/bin/catatonit"),
             "log_level": _one_of(LOG_LEVELS, "INNKEEP_LOG", environ.get("INNKEEP_LOG", "INFO")),
         }
         if argv:
@@ -186,11 +193,34 @@ def _cids(name: str, text: str) -> frozenset[int]:
     return frozenset(_read(name, cid, int) for cid in text.split(",") if cid)
 
 
+def _memory(name: str, text: str) -> int | Literal["max"]:
+    if text == "max":
+        return "max"
+    number, unit = text[:-1], text[-1:]
+    if unit not in _UNITS or not _is_positive(number):
+        raise ConfigError(f"{name}={text}: expected a size like 512M (K, M or G), or 'max'")
+    return int(number) * _UNITS[unit]
+
+
+def _processes(name: str, text: str) -> int | Literal["max"]:
+    if text == "max":
+        return "max"
+    if not _is_positive(text):
+        raise ConfigError(f"{name}={text}: expected a number of processes above 0, or 'max'")
+    return int(text)
+
+
+def _is_positive(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and int(text) > 0
+
+
 def _one_of(choices: tuple[str, ...], name: str, text: str) -> str:
     if text.upper() not in choices:
         raise ConfigError(f"{name}={text}: expected one of {', '.join(choices)}")
     return text.upper()
 
+
+_UNITS: Mapping[str, int] = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 _MORE_WORDS = frozenset({"storage", "ip", "gateway", "dns"})
 _WORDS_OF_INIT = frozenset({"hostname"})
@@ -200,5 +230,8 @@ _WORDS: Mapping[str, tuple[str, Callable[[str, str], object]]] = {
     "insecure_registry": ("insecure_registries", _registries),
     "registry_ca": ("registry_ca_files", _ca_files),
     "vsock_peers": ("vsock_peers", _cids),
+    "workload_memory": ("workload_memory", _memory),
+    "workload_pids": ("workload_pids", _processes),
+    "command_pids": ("command_pids", _processes),
     "log": ("log_level", lambda name, text: _one_of(LOG_LEVELS, name, text)),
 }

@@ -50,6 +50,10 @@ class Gate(Generic[T]):
             raise LookupError("the gate is not open")
         return self._values[0]
 
+    async def decided(self) -> None:
+        """Return once the value is known, or it is known that there will be none."""
+        await self._decided.wait()
+
     async def passed(self, code: ErrorCode) -> T:
         """The value, once it is known.
 

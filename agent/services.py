@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import attrs
@@ -20,7 +20,11 @@ from agent.images.puller import Puller
 from agent.images.registries import RegistrySettings
 from agent.network import links
 from agent.processes.container import ContainerRuntime
+from agent.processes.limits import Limits
+from agent.processes.oom_protection import OomProtection
 from agent.processes.service import Processes, open_processes
+from agent.processes.shares import Shares
+from agent.processes.standing import StandingContainers
 from agent.storage.disk import Disk
 from protocol import requests
 from protocol.errors import ErrorCode
@@ -30,6 +34,8 @@ log = logging.getLogger(__name__)
 # Sync, unmount and power-off have to fit into a host's patience with them.
 STOP_GRACE_S = 1.5
 WORKSPACE_MOUNT = Path("/workspace")
+# Where init has put the agent.
+CGROUP_OF_AGENT = Path("/sys/fs/cgroup/agent")
 
 
 @attrs.frozen
@@ -50,6 +56,8 @@ class Services:
     disk: Disk
     processes: Processes
     containers: ContainerRuntime
+    standing: StandingContainers
+    shares: Shares = attrs.field(factory=Shares)
     images: Gate[Images] = attrs.field(factory=Gate)
     network: Gate[None] = attrs.field(factory=Gate)
     stopped: trio.Event = attrs.field(factory=trio.Event)
@@ -128,6 +136,7 @@ class Services:
         Takes at most about 4 s; goes on past every single failure, and logs it.
         """
         self._stopping = True
+        await self.standing.end_idle()
         await self.processes.stop_all(STOP_GRACE_S)
         await trio.to_thread.run_sync(self._let_storage_go)
 
@@ -151,24 +160,40 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
     ends what looks after things for the agent's own lifetime; it does not stop what runs or
     unmount anything: that is ``stop``, and an agent that merely restarts finds it all again.
     """
-    async with open_processes(cgroup_root) as processes, trio.open_nursery() as nursery:
-        with failing_as(ErrorCode.INTERNAL_ERROR, f"make {config.run_dir}"):
-            containers = ContainerRuntime.open(processes, config.run_dir, crun=config.crun)
-        services = Services(
-            config=config,
-            disk=Disk(
-                config.storage_dir,
-                config.storage_device,
-                config.storage_in_memory,
-                WORKSPACE_MOUNT if config.in_image else None,
-            ),
-            processes=processes,
-            containers=containers,
-        )
-        nursery.start_soon(_bring_up_at_boot, services)
-        nursery.start_soon(services.bring_up_network)
-        yield services
-        nursery.cancel_scope.cancel()
+    limits, protection = None, None
+    with ExitStack() as held:
+        if config.in_image:
+            limits = Limits.inspect(
+                memory=config.workload_memory,
+                pids=config.workload_pids,
+                command_pids=config.command_pids,
+            )
+            limits.protect_agent(CGROUP_OF_AGENT)
+            protection = held.enter_context(OomProtection.held())
+        logs = config.run_dir / "logs"
+        async with (
+            open_processes(cgroup_root, logs, limits=limits, protection=protection) as processes,
+            trio.open_nursery() as nursery,
+        ):
+            with failing_as(ErrorCode.INTERNAL_ERROR, f"take over {config.run_dir}"):
+                containers = ContainerRuntime.open(processes, config.run_dir, crun=config.crun)
+                standing = StandingContainers.open(containers, init=config.catatonit)
+            services = Services(
+                config=config,
+                disk=Disk(
+                    config.storage_dir,
+                    config.storage_device,
+                    config.storage_in_memory,
+                    WORKSPACE_MOUNT if config.in_image else None,
+                ),
+                processes=processes,
+                containers=containers,
+                standing=standing,
+            )
+            nursery.start_soon(_bring_up_at_boot, services)
+            nursery.start_soon(services.bring_up_network)
+            yield services
+            nursery.cancel_scope.cancel()
 
 
 async def _bring_up_at_boot(services: Services) -> None:

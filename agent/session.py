@@ -35,7 +35,10 @@ DROPPED: frozenset[type] = frozenset({requests.Stdin, requests.Resize})
 OUTLIVE_THEIR_CONNECTION: frozenset[type] = frozenset({requests.Shutdown, requests.FormatStorage})
 """Requests that run to their end when the peer hangs up, and even if it has already."""
 
-PONG = responses.Pong(version=PROTOCOL_VERSION)
+CAPABILITIES = ("process-stats-v1",)
+"""What this agent can do beyond protocol.rs; docs/protocol.md says what each one means."""
+
+PONG = responses.Pong(version=PROTOCOL_VERSION, capabilities=CAPABILITIES)
 
 Failure = TypeVar("Failure", bound=Exception)
 
@@ -115,9 +118,10 @@ async def _handle(request: AgentRequest, channel: Channel, gate: Gate[Services])
         services.refuse_when_stopping(kind)
         answer = await handler(request, channel, services)
     except Exception as error:
-        gone = _sole(PeerGone, error)
-        if gone is not None:
-            raise gone from None
+        for kind_of_end in (PeerGone, FrameTooLarge):
+            end = _sole(kind_of_end, error)
+            if end is not None:
+                raise end from None
         refusal = _sole(AgentError, error)
         if refusal is None:
             log.exception("%s: internal error", method)

@@ -24,5 +24,7 @@ async def cleanup_overlay(
     request: requests.CleanupOverlay, channel: Channel, services: Services
 ) -> AgentResponse:
     images = await services.images.passed(ErrorCode.CLEANUP_FAILED)
-    await images.overlays.cleanup(request.workload_id)
+    # A container that only waits for commands is the agent's own doing, and no use of the overlay.
+    async with services.standing.released(request.workload_id):
+        await images.overlays.cleanup(request.workload_id)
     return responses.Ok()

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 from agent.channel import Channel
-from agent.errors import AgentError
-from agent.processes.collect import Collected
+from agent.handlers.execution import Mode, completed, converse, running_as, seconds
 from agent.processes.command import Command
+from agent.processes.process import Stdio
 from agent.services import Services
-from protocol import AgentResponse, requests, responses
-from protocol.errors import ErrorCode
+from protocol import AgentResponse, requests
 
 
 async def vm_exec(request: requests.VmExec, channel: Channel, services: Services) -> AgentResponse:
-    refuse_modes(request, ("interactive", "tty", "background"))
     command = Command.from_request(request.command, request.env, request.workdir)
-    collected = await services.processes.execute(
-        command, stdin_data=request.stdin_data, timeout_s=seconds(request.timeout_ms)
-    )
-    return completed(collected)
-
-
-def refuse_modes(request: requests.VmExec | requests.Run, modes: tuple[str, ...]) -> None:
-    """Raise INVALID_REQUEST for a way of running that this version does not offer."""
-    for mode in modes:
-        if getattr(request, mode):
-            raise AgentError(ErrorCode.INVALID_REQUEST, f"{mode}: not supported by this version")
-
-
-def seconds(timeout_ms: int | None) -> float | None:
-    """A time limit as trio takes it; None is none."""
-    return None if timeout_ms is None else timeout_ms / 1000
-
-
-def completed(collected: Collected) -> responses.Completed:
-    """The answer to a plain run."""
-    return responses.Completed(
-        exit_code=collected.exit_code,
-        stdout=collected.stdout,
-        stderr=collected.stderr,
-        stdout_truncated=collected.stdout_truncated,
-        stderr_truncated=collected.stderr_truncated,
+    timeout_s = seconds(request.timeout_ms)
+    processes = services.processes
+    mode = Mode.of(request)
+    if mode is Mode.INTERACTIVE:
+        stdio = Stdio(takes_stdin=True, terminal=request.tty)
+        async with processes.running(command, stdio) as process:
+            return await converse(request, channel, process)
+    if mode is Mode.BACKGROUND:
+        pid = await processes.start_background(
+            command, stdin_data=request.stdin_data, timeout_s=timeout_s
+        )
+        return running_as(pid)
+    return completed(
+        await processes.execute(command, stdin_data=request.stdin_data, timeout_s=timeout_s)
     )

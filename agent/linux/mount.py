@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +34,12 @@ MOUNT_ATTR_NODEV = 0x4
 
 # linux/mount.h: flags of open_tree(2) and move_mount(2)
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_OPEN_TREE_CLONE = 0x1
+_OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 
 AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
 
 _FSOPEN_CLOEXEC = 0x1
 _FSMOUNT_CLOEXEC = 0x1
@@ -45,10 +50,12 @@ _FSCONFIG_SET_STRING = 1
 _FSCONFIG_CMD_CREATE = 6
 
 # Since Linux 5.1 all architectures number new calls alike; glibc has wrappers only since 2.36.
+_SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
+_SYS_MOUNT_SETATTR = 442
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -117,6 +124,22 @@ def move_mount(mount_fd: int, target: StrPath) -> None:
     flags = ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH)
     arguments = (mount_fd, b"", AT_FDCWD, os.fsencode(target), flags)
     _syscall(_SYS_MOVE_MOUNT, *arguments, about=os.fspath(target))
+
+
+def open_tree(path: StrPath) -> int:
+    """open_tree(2) with OPEN_TREE_CLONE: a copy of the mounts at and below ``path``, attached
+    nowhere; gone when its fd is closed."""
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | AT_RECURSIVE)
+    return _syscall(_SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags, about=os.fspath(path))
+
+
+def mount_setattr(mount_fd: int, *, set_attributes: int = 0, propagation: int = 0) -> None:
+    """mount_setattr(2) on a tree that open_tree made, all of it: MOUNT_ATTR_* to add, and
+    MS_PRIVATE or the like."""
+    attributes = struct.pack("=QQQQ", set_attributes, 0, propagation, 0)
+    flags = ctypes.c_uint(AT_EMPTY_PATH | AT_RECURSIVE)
+    size = ctypes.c_size_t(len(attributes))
+    _syscall(_SYS_MOUNT_SETATTR, mount_fd, b"", flags, attributes, size)
 
 
 @contextmanager

@@ -31,17 +31,17 @@ def posix_spawn(
     env: Mapping[str, str],
     *,
     cwd: str,
-    stdin: int | None,
-    stdout: int,
-    stderr: int,
+    stdio: tuple[int | None, int, int] | str,
     cgroup: Path | None = None,
 ) -> int:
     """Start ``path`` in a session of its own; its pid, which the caller has to reap.
 
-    ``path`` is taken relative to ``cwd`` and not searched for. ``stdin`` None is /dev/null. The
-    descriptors are above 2, close-on-exec and stay the caller's; no others are passed on. All
-    signals have their default dispositions and none is blocked. ``cgroup`` is a directory of
-    cgroup2 that the process is in from its first instruction.
+    ``path`` is taken relative to ``cwd`` and not searched for. ``stdio`` are descriptors for
+    stdin (None is /dev/null), stdout and stderr, or the path of a terminal, which becomes all
+    three and the session's controlling one (credentials(7)). The descriptors are above 2,
+    close-on-exec and stay the caller's; no others are passed on. All signals have their default
+    dispositions and none is blocked. ``cgroup`` is a directory of cgroup2 that the process is in
+    from its first instruction.
 
     Blocks until the program has been executed: for as long as its file system takes.
 
@@ -50,16 +50,13 @@ def posix_spawn(
         ValueError: a NUL byte in a string.
     """
     if cgroup is None:
-        with _attributes() as attributes, _file_actions(cwd, (stdin, stdout, stderr)) as actions:
+        with _attributes() as attributes, _file_actions(cwd, stdio) as actions:
             return _spawn(path, argv, env, actions, attributes)
     if not HAS_SETCGROUP:
-        return _spawn_through_python(path, argv, env, cwd, (stdin, stdout, stderr), cgroup)
+        return _spawn_through_python(path, argv, env, cwd, stdio, cgroup)
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with (
-            _attributes(directory) as attributes,
-            _file_actions(cwd, (stdin, stdout, stderr)) as actions,
-        ):
+        with _attributes(directory) as attributes, _file_actions(cwd, stdio) as actions:
             return _spawn(path, argv, env, actions, attributes)
     finally:
         os.close(directory)
@@ -70,7 +67,7 @@ def _spawn_through_python(
     argv: Sequence[str],
     env: Mapping[str, str],
     cwd: str,
-    stdio: tuple[int | None, int, int],
+    stdio: tuple[int | None, int, int] | str,
     cgroup: Path,
 ) -> int:
     """Where glibc is too old: with a Python in between that enters the cgroup, then executes.
@@ -83,7 +80,7 @@ def _spawn_through_python(
     reports, report = os.pipe2(os.O_CLOEXEC)
     try:
         try:
-            with _attributes() as attributes, _file_actions(cwd, (*stdio, report)) as actions:
+            with _attributes() as attributes, _file_actions(cwd, stdio, report) as actions:
                 pid = _spawn(sys.executable, [*python, *words], {}, actions, attributes)
         finally:
             os.close(report)
@@ -138,25 +135,40 @@ def _attributes(cgroup: int | None = None) -> Iterator[ctypes.Array[ctypes.c_cha
 
 
 @contextmanager
-def _file_actions(cwd: str, files: Sequence[int | None]) -> Iterator[ctypes.Array[ctypes.c_char]]:
-    """What the child does before exec: ``files`` become its 0, 1, 2…, everything else is closed."""
+def _file_actions(
+    cwd: str, stdio: tuple[int | None, int, int] | str, *more: int
+) -> Iterator[ctypes.Array[ctypes.c_char]]:
+    """What the child does before exec: ``stdio`` become its 0, 1 and 2, ``more`` its 3…, and
+    everything else is closed."""
     actions = ctypes.create_string_buffer(_OPAQUE_BYTES)
     _check(_libc.posix_spawn_file_actions_init(actions))
     try:
-        for number, file in enumerate(files):
-            if file is None:
-                _check(
-                    _libc.posix_spawn_file_actions_addopen(
-                        actions, number, b"/dev/null", os.O_RDONLY, 0
-                    )
-                )
+        if isinstance(stdio, str):
+            # Opened by the leader of a session that has none, it is the controlling terminal.
+            _add_open(actions, 0, _text(stdio), os.O_RDWR)
+            files = ((1, 0), (2, 0))
+        else:
+            stdin, stdout, stderr = stdio
+            if stdin is None:
+                _add_open(actions, 0, b"/dev/null", os.O_RDONLY)
             else:
-                _check(_libc.posix_spawn_file_actions_adddup2(actions, file, number))
-        _check(_libc.posix_spawn_file_actions_addclosefrom_np(actions, len(files)))
+                _add_dup2(actions, stdin, 0)
+            files = ((1, stdout), (2, stderr))
+        for number, file in (*files, *enumerate(more, 3)):
+            _add_dup2(actions, file, number)
+        _check(_libc.posix_spawn_file_actions_addclosefrom_np(actions, 3 + len(more)))
         _check(_libc.posix_spawn_file_actions_addchdir_np(actions, _text(cwd)))
         yield actions
     finally:
         _libc.posix_spawn_file_actions_destroy(actions)
+
+
+def _add_open(actions: ctypes.Array[ctypes.c_char], number: int, path: bytes, flags: int) -> None:
+    _check(_libc.posix_spawn_file_actions_addopen(actions, number, path, flags, 0))
+
+
+def _add_dup2(actions: ctypes.Array[ctypes.c_char], file: int, number: int) -> None:
+    _check(_libc.posix_spawn_file_actions_adddup2(actions, file, number))
 
 
 def _strings(texts: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:

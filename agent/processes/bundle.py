@@ -32,6 +32,51 @@ DEFAULT_CAPABILITIES: Sequence[str] = (
     "CAP_AUDIT_WRITE",
 )
 
+# capabilities(7), by their numbers: what a whole-machine container has.
+_ALL_CAPABILITIES: Sequence[str] = (
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+)
+
 # moby's oci/defaults.go, and the kernel's command line, which holds the boot's configuration.
 _MASKED_PATHS: Sequence[str] = (
     "/proc/acpi",
@@ -75,66 +120,96 @@ _MOUNTS: Sequence[Mapping[str, object]] = (
         ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"),
     ),
     _mount("/sys", "sysfs", "sysfs", (*_PRIVATE, "ro")),
-    _mount("/sys/fs/cgroup", "cgroup", "cgroup", (*_PRIVATE, "ro")),
     _mount("/dev/mqueue", "mqueue", "mqueue", _PRIVATE),
     _mount("/dev/shm", "tmpfs", "shm", (*_PRIVATE, "mode=1777", "size=67108864")),
 )
+
+
+# The agent's own init in a container that outlives its commands. Not in the container's root: what
+# an overlay's upper directory holds is the workload's alone.
+INIT_PATH = "/dev/.innkeep-init"
+
+
+@attrs.frozen(kw_only=True)
+class ContainerProcess:
+    """A command in a container, with everything looked up that it depends on."""
+
+    argv: Sequence[str]
+    environment: Mapping[str, str] = attrs.field(repr=False)
+    directory: str
+    user: User
+    open_files: int
+    """RLIMIT_NOFILE."""
+    terminal: bool = False
+    capabilities: Sequence[str] = DEFAULT_CAPABILITIES
 
 
 @attrs.frozen(kw_only=True)
 class Container:
     """All that a config.json depends on."""
 
-    argv: Sequence[str]
-    environment: Mapping[str, str] = attrs.field(repr=False)
-    directory: str
-    user: User
+    process: ContainerProcess
     rootfs: Path
     hostname: str
     binds: Sequence[Bind]
     seccomp: OciProfile = attrs.field(repr=False)
-    open_files: int
-    """RLIMIT_NOFILE."""
+    privileged: bool = False
+    """A machine of its own: it may change its cgroup and the kernel's settings, and has FUSE."""
+
+
+def capabilities_in(mask: int) -> Sequence[str]:
+    """The names of those whose bits are set, as /proc/<pid>/status has them (CapBnd)."""
+    return [name for number, name in enumerate(_ALL_CAPABILITIES) if mask >> number & 1]
+
+
+def process_config(process: ContainerProcess) -> dict[str, object]:
+    """The ``process`` of a config.json, and the content of a process.json."""
+    capabilities = [*process.capabilities]
+    config: dict[str, object] = {
+        "args": [*process.argv],
+        "env": [f"{name}={value}" for name, value in process.environment.items()],
+        "cwd": process.directory,
+        "user": {
+            "uid": process.user.uid,
+            "gid": process.user.gid,
+            "additionalGids": [*process.user.supplementary_gids],
+        },
+        "capabilities": {
+            "bounding": capabilities,
+            "effective": capabilities,
+            "permitted": capabilities,
+        },
+        "rlimits": [
+            {"type": "RLIMIT_NOFILE", "soft": process.open_files, "hard": process.open_files}
+        ],
+        "noNewPrivileges": False,
+    }
+    if process.terminal:
+        config["terminal"] = True
+    return config
 
 
 def runtime_config(container: Container) -> dict[str, object]:
     """The content of config.json."""
-    capabilities = [*DEFAULT_CAPABILITIES]
-    user = container.user
+    cgroup_mode = "rw" if container.privileged else "ro"
+    cgroup = _mount("/sys/fs/cgroup", "cgroup", "cgroup", (*_PRIVATE, cgroup_mode))
+    linux: dict[str, object] = {
+        "namespaces": [{"type": kind} for kind in _NAMESPACES],
+        "maskedPaths": [*_MASKED_PATHS],
+        "readonlyPaths": [] if container.privileged else [*_READ_ONLY_PATHS],
+        "seccomp": container.seccomp,
+    }
+    if container.privileged:
+        linux["devices"] = [
+            {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o666}
+        ]
     return {
         "ociVersion": "1.0.2",
         "root": {"path": str(container.rootfs)},
         "hostname": container.hostname,
-        "process": {
-            "args": [*container.argv],
-            "env": [f"{name}={value}" for name, value in container.environment.items()],
-            "cwd": container.directory,
-            "user": {
-                "uid": user.uid,
-                "gid": user.gid,
-                "additionalGids": [*user.supplementary_gids],
-            },
-            "capabilities": {
-                "bounding": capabilities,
-                "effective": capabilities,
-                "permitted": capabilities,
-            },
-            "rlimits": [
-                {
-                    "type": "RLIMIT_NOFILE",
-                    "soft": container.open_files,
-                    "hard": container.open_files,
-                }
-            ],
-            "noNewPrivileges": False,
-        },
-        "mounts": [*_MOUNTS, *map(_bind, container.binds)],
-        "linux": {
-            "namespaces": [{"type": kind} for kind in _NAMESPACES],
-            "maskedPaths": [*_MASKED_PATHS],
-            "readonlyPaths": [*_READ_ONLY_PATHS],
-            "seccomp": container.seccomp,
-        },
+        "process": process_config(container.process),
+        "mounts": [*_MOUNTS, cgroup, *map(_bind, container.binds)],
+        "linux": linux,
     }
 
 

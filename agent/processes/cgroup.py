@@ -8,6 +8,7 @@ import os
 import secrets
 import select
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,9 +17,26 @@ import trio
 
 from agent.errors import cause_of
 from agent.linux.bpf import attach_device_filter, load_device_filter
-from agent.processes.device_filter import DEFAULT_DEVICES, device_program
+from agent.processes.device_filter import (
+    DEFAULT_DEVICES,
+    WHOLE_MACHINE_DEVICES,
+    DeviceRule,
+    device_program,
+)
 
 log = logging.getLogger(__name__)
+
+# An extended attribute of a cgroup's directory: it goes when the cgroup does.
+_KEPT = "trusted.innkeep.kept"
+
+
+@attrs.frozen
+class Counters:
+    """What the kernel has counted of a cgroup; None for what it does not count here."""
+
+    cpu_us: int | None
+    peak_memory_bytes: int | None
+    oom_kills: int | None
 
 
 @attrs.frozen
@@ -33,15 +51,84 @@ class Cgroup:
         return [cls(path) for path in parent.iterdir() if path.is_dir()]
 
     @classmethod
-    def make(cls, parent: Path) -> Cgroup:
-        """A new one with a name of its own, which it does not share with another agent's either.
+    def make(cls, parent: Path, name: str | None = None) -> Cgroup:
+        """A new one; without a name with one that it does not share with another agent's either.
 
         Raises:
-            OSError: the parent is gone or takes no more.
+            OSError: the parent is gone or takes no more, or has one of that name.
         """
-        cgroup = cls(parent / secrets.token_hex(8))
+        cgroup = cls(parent / (name or secrets.token_hex(8)))
         cgroup.path.mkdir()
         return cgroup
+
+    def keep(self, until: float | None = None) -> None:
+        """Mark it: what runs in it outlives the request that started it, and the agent's crash.
+
+        ``until`` is the time on CLOCK_BOOTTIME at which it is to be ended all the same.
+
+        Raises:
+            OSError: it is gone.
+        """
+        os.setxattr(self.path, _KEPT, b"" if until is None else b"%f" % until)
+
+    def is_kept(self) -> bool:
+        """Whether it is marked; an earlier agent may have done that."""
+        return self._mark() is not None
+
+    def kept_until(self) -> float | None:
+        """The time on CLOCK_BOOTTIME that it was marked with, if any."""
+        mark = self._mark()
+        return float(mark) if mark else None
+
+    def _mark(self) -> bytes | None:
+        try:
+            return os.getxattr(self.path, _KEPT)
+        except OSError:
+            return None
+
+    def pids(self) -> list[int]:
+        """The processes that are in it and below it now; none if it is gone."""
+        found: list[int] = []
+        for directory, _, _ in os.walk(self.path):
+            try:
+                members = _read(Path(directory, "cgroup.procs")).split()
+            except OSError as error:
+                # Removed meanwhile, or threaded, and then its processes are told further up.
+                if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+                    raise
+                continue
+            # 0 stands for a process of a pid namespace above; to kill(2) it would mean ourselves.
+            found += filter(None, map(int, members))
+        return found
+
+    def is_populated(self) -> bool:
+        """Whether a process, even one that only waits for being reaped, is in it or below."""
+        try:
+            return "populated 1" in _read(self.path / "cgroup.events")
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            return False
+
+    def counters(self) -> Counters:
+        """What has been counted so far (Documentation/admin-guide/cgroup-v2.rst)."""
+        events = self._count("memory.events", "oom_kill")
+        return Counters(
+            self._count("cpu.stat", "usage_usec"), self._count("memory.peak", None), events
+        )
+
+    def _count(self, file: str, key: str | None) -> int | None:
+        try:
+            text = _read(self.path / file)
+        except OSError:
+            return None  # no such controller here
+        if key is None:
+            return int(text)
+        for line in text.splitlines():
+            name, _, value = line.partition(" ")
+            if name == key:
+                return int(value)
+        return None
 
     def kill(self) -> None:
         """SIGKILL to every process in it, those being born included. Nothing if it is gone."""
@@ -50,17 +137,9 @@ class Cgroup:
 
     def terminate(self) -> None:
         """SIGTERM to every process that is in it now."""
-        for directory, _, _ in os.walk(self.path):
-            try:
-                members = _read(Path(directory, "cgroup.procs")).split()
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENODEV):
-                    raise
-                continue  # removed meanwhile
-            # 0 stands for a process of a pid namespace above; to kill(2) it would mean ourselves.
-            for pid in filter(None, map(int, members)):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def remove(self) -> bool:
         """Take the directory away if no process is left in it; whether it is away now."""
@@ -97,15 +176,20 @@ class Cgroup:
 class CgroupTree:
     """Where commands have their cgroups: below ``workloads`` in a directory of cgroup2.
 
-        workloads/commands/<id>     a command in the VM
-        workloads/containers/<id>   crun and its container; devices are filtered here
+        workloads/commands/<id>              a command in the VM
+        workloads/containers/<id>            crun and the container of one command, or
+        workloads/containers/<id>/first      a container that stays: its first process, and
+        workloads/containers/<id>/<id>       each command that joined it
+        workloads/privileged/<id>…           the same for whole-machine containers
 
-    The agent itself is elsewhere. Whoever opens a tree closes it.
+    Devices are filtered at ``containers`` and ``privileged``. The agent itself is elsewhere.
+    Whoever opens a tree closes it.
     """
 
     workloads: Cgroup
     commands: Path
     containers: Path
+    privileged: Path
 
     @classmethod
     def open(cls, root: Path) -> CgroupTree:
@@ -117,14 +201,21 @@ class CgroupTree:
         if not any((path / "cgroup.procs").exists() for path in (root, root.parent)):
             raise OSError(errno.ENOENT, "no cgroup2 hierarchy", str(root))
         workloads = root / "workloads"
-        tree = cls(Cgroup(workloads), workloads / "commands", workloads / "containers")
-        for directory in (tree.commands, tree.containers):
-            directory.mkdir(parents=True, exist_ok=True)
+        names = ("commands", "containers", "privileged")
+        tree = cls(Cgroup(workloads), *(workloads / name for name in names))
+        for name in names:
+            (workloads / name).mkdir(parents=True, exist_ok=True)
         try:
-            _filter_devices(tree.containers)
+            _filter_devices(tree.containers, DEFAULT_DEVICES)
+            _filter_devices(tree.privileged, WHOLE_MACHINE_DEVICES)
         except OSError as error:
             log.warning("containers can use every device: %s", cause_of(error))
         return tree
+
+    def all(self) -> list[Cgroup]:
+        """Those of all commands and containers, but not those within a container that stays."""
+        parents = (self.commands, self.containers, self.privileged)
+        return [cgroup for parent in parents for cgroup in Cgroup.all_in(parent)]
 
     def close(self) -> None:
         """Remove the directories that nothing runs in; ``root`` belongs to who gave it."""
@@ -143,8 +234,8 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def _filter_devices(path: Path) -> None:
-    program = load_device_filter(device_program(DEFAULT_DEVICES))
+def _filter_devices(path: Path, devices: Sequence[DeviceRule]) -> None:
+    program = load_device_filter(device_program(devices))
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 
 import attrs
 import trio
 
-from agent.processes.pipes import OutputPipe
-from agent.processes.process import Process
-
-TIMED_OUT = 124
-"""The exit code of a command that its time limit ended, as timeout(1) has it."""
+from agent.processes.drain import Drain
+from agent.processes.outcome import TIMED_OUT, Outcome
+from agent.processes.pipes import InputPipe, OutputPipe
+from agent.processes.process import Process, Stream
 
 OUTPUT_LIMIT_BYTES = 11 * 1024 * 1024
 """Of each stream: two of them in base64 are what fits into one frame."""
-
-# How long output may still come after the command's end, from what it left running. Hosts are
-# promised 100 ms in all.
-_DRAIN_S = 0.08
 
 
 @attrs.frozen
 class Collected:
     """How a command ended and what it wrote, as bytes."""
 
-    exit_code: int
+    outcome: Outcome
     stdout: bytes
     stderr: bytes
     stdout_truncated: bool = False
     stderr_truncated: bool = False
-    timed_out: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return self.outcome.exit_code
 
 
 @attrs.define
@@ -69,38 +66,45 @@ async def collect(
 
     Cancelled, it kills nothing: that is for whoever started the process.
     """
-    stdout, stderr = _Head(output_limit_bytes), _Head(output_limit_bytes)
+    stdout, stderr = heads = _Head(output_limit_bytes), _Head(output_limit_bytes)
+    drain = Drain()
     async with trio.open_nursery() as reading, trio.open_nursery() as feeding:
         if process.stdin is not None:
-            feeding.start_soon(_feed, process.stdin, (stdin_data or "").encode())
-        reading.start_soon(_gather, process.stdout, stdout)
-        reading.start_soon(_gather, process.stderr, stderr)
-        exit_code = TIMED_OUT
-        with trio.move_on_after(math.inf if timeout_s is None else timeout_s) as limit:
-            exit_code = await process.wait()
-        if limit.cancelled_caught:
-            await process.end_tree()
+            feeding.start_soon(feed, process.stdin, (stdin_data or "").encode())
+        for stream, head in zip(Stream, heads, strict=True):
+            reading.start_soon(_gather, drain, process.outputs[stream], head)
+        outcome = await see_to_end(process, timeout_s)
+        drain.begin()
         feeding.cancel_scope.cancel()
-        reading.cancel_scope.deadline = trio.current_time() + _DRAIN_S
     return Collected(
-        exit_code=exit_code,
+        outcome=outcome,
         stdout=bytes(stdout.kept),
         stderr=bytes(stderr.kept) + _marks(stdout, stderr),
         stdout_truncated=stdout.is_truncated,
         stderr_truncated=stderr.is_truncated,
-        timed_out=limit.cancelled_caught,
     )
 
 
-async def _feed(stdin: trio.lowlevel.FdStream, data: bytes) -> None:
-    # A command that does not read all of it is in its right, as in a shell's pipe.
-    with suppress(trio.BrokenResourceError):
-        await stdin.send_all(data)
-    await stdin.aclose()
+async def see_to_end(process: Process, timeout_s: float | None) -> Outcome:
+    """Wait for a process's end, or bring it about, with its whole tree, after its time limit."""
+    with trio.move_on_after(math.inf if timeout_s is None else timeout_s) as limit:
+        await process.wait()
+    if limit.cancelled_caught:
+        await process.end_tree()
+        if process.exit_code is None:
+            # Stuck in the kernel; it will not run another instruction.
+            return Outcome(exit_code=TIMED_OUT, timed_out=True)
+    return process.outcome(timed_out=limit.cancelled_caught)
 
 
-async def _gather(pipe: OutputPipe, head: _Head) -> None:
-    while data := await pipe.receive():
+async def feed(stdin: InputPipe, data: bytes) -> None:
+    """All that a command gets to read."""
+    await stdin.send(data)
+    await stdin.end()
+
+
+async def _gather(drain: Drain, pipe: OutputPipe, head: _Head) -> None:
+    while data := await drain.receive(pipe):
         head.take(data)
 
 

@@ -54,6 +54,8 @@ class Bind:
     source: str
     destination: str
     read_only: bool = False
+    gives_way: bool = False
+    """Whether a request may have something else at ``destination``."""
 
 
 @attrs.frozen(kw_only=True)
@@ -69,6 +71,8 @@ class ContainerCommand:
     directory: str
     user: str
     binds: tuple[Bind, ...] = ()
+    privileged: bool = False
+    """For a container that is a machine of its own, with all capabilities."""
 
     @classmethod
     def from_request(
@@ -81,11 +85,14 @@ class ContainerCommand:
         workdir: str | None = None,
         user: str | None = None,
         binds: Iterable[Bind] = (),
+        privileged: bool = False,
+        preparation: str | None = None,
     ) -> ContainerCommand:
         """The command that a host asks for, where it leaves something open the image's.
 
         ``image_name`` is the image as the host spells it. An ``argv`` replaces the image's
-        entrypoint together with its cmd.
+        entrypoint together with its cmd. ``preparation`` is a shell script that runs before the
+        command, in its place in the container; where it fails, the command does not run.
 
         Raises:
             AgentError: INVALID_REQUEST, for no command at all and for what no program can be
@@ -97,6 +104,8 @@ class ContainerCommand:
                 ErrorCode.INVALID_REQUEST,
                 f"no command given and image '{image_name}' defines no entrypoint or cmd",
             )
+        if preparation is not None:
+            words = ("sh", "-c", f'{preparation.rstrip()} && exec "$@"', "sh", *words)
         check_words(words)
         # An entry without a name or a value is some builder's slip.
         defaults = dict(
@@ -108,6 +117,7 @@ class ContainerCommand:
             directory=checked_directory(workdir or image.workdir or "/"),
             user=user or image.user or "",
             binds=tuple(binds),
+            privileged=privileged,
         )
 
 

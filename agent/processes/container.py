@@ -1,18 +1,17 @@
-"""Commands in containers: crun, its bundles, and telling its failures from the command's."""
+"""Commands in containers: what crun is told, and telling its failures from the command's."""
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import resource
 import secrets
 import shutil
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar, TypeVarTuple
 
 import attrs
 import orjson
@@ -20,14 +19,28 @@ import trio
 
 from agent.errors import AgentError, failing_as
 from agent.processes.accounts import UnknownUser, User, find_user
-from agent.processes.bundle import DEFAULT_CAPABILITIES, Container, hosts_file, runtime_config
+from agent.processes.bundle import (
+    DEFAULT_CAPABILITIES,
+    Container,
+    ContainerProcess,
+    capabilities_in,
+    hosts_file,
+    process_config,
+    runtime_config,
+)
+from agent.processes.cgroup import CgroupTree
 from agent.processes.collect import OUTPUT_LIMIT_BYTES, Collected, collect
 from agent.processes.command import BASE_ENVIRONMENT, Bind, Command, ContainerCommand
-from agent.processes.executable import explain_refusal
+from agent.processes.crun import Invocation
+from agent.processes.executable import Opener, unrunnable
+from agent.processes.process import Process, Stdio
 from agent.processes.rootfs import Rootfs
 from agent.processes.seccomp import OciProfile, oci_profile
 from agent.processes.service import Processes
 from protocol.errors import ErrorCode
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 
 # Debian's golang-github-containers-common.
 SECCOMP_PROFILE = Path("/usr/share/containers/seccomp.json")
@@ -38,43 +51,73 @@ _OPEN_FILES = 1024 * 1024
 # Containers that are being prepared or tidied away at the same time.
 _THREADS = 16
 
-# crun's exit status for its own failures, as for many a command.
-_CRUN_FAILED = 1
-
-# What crun's process in the container says on the command's stderr when exec fails.
-_EXEC_FAILED = re.compile(
-    rb"exec container process (?:\(missing dynamic library\?\) )?`(?P<path>.*)`: (?P<cause>.*)\n?"
-)
-
 
 @attrs.frozen
-class Bundle:
-    """A container's directory for crun, under the name that crun knows the container by."""
+class Running:
+    """A command in a container: its process is crun's, which ends with the command's exit code."""
 
-    directory: Path
+    process: Process
+    _invocation: Invocation
+    _command: ContainerCommand
+    _binds: Sequence[Bind]
 
-    @property
-    def container_id(self) -> str:
-        return self.directory.name
+    async def started(self) -> None:
+        """Wait until the command is about to be executed.
 
-    @property
-    def pid_file(self) -> Path:
-        """Written by crun when the container is made and nothing but exec is left to do."""
-        return self.directory / "pid"
+        Raises:
+            AgentError: RUN_FAILED or MOUNT_FAILED, with the cause: it will not be.
+        """
+        if not await self._invocation.started(self.process):
+            raise await trio.to_thread.run_sync(self.failure)
+
+    async def pid(self) -> int:
+        """Its number in the VM; as ``started``."""
+        await self.started()
+        assert self._invocation.pid is not None
+        return self._invocation.pid
+
+    async def collect(
+        self,
+        *,
+        stdin_data: str | None = None,
+        timeout_s: float | None = None,
+        output_limit_bytes: int = OUTPUT_LIMIT_BYTES,
+    ) -> Collected:
+        """See it to its end, as ``collect`` does; raises as ``started``."""
+        collected = await collect(
+            self.process,
+            stdin_data=stdin_data,
+            timeout_s=timeout_s,
+            output_limit_bytes=output_limit_bytes,
+        )
+        if not collected.outcome.timed_out and not self._invocation.has_started():
+            raise await trio.to_thread.run_sync(self.failure)
+        return collected
+
+    def failure(self) -> AgentError:
+        """Why crun ended without having started anything, by its own words. Blocks."""
+        said = self._invocation.complaint()
+        doing = f"run {self._command.argv[0]}"
+        code = ErrorCode.RUN_FAILED
+        if "mount" in said and any(bind.destination in said for bind in self._binds):
+            code = ErrorCode.MOUNT_FAILED
+        return AgentError(code, f"{doing}: {said or 'crun failed and did not say why'}")
 
 
 @attrs.define(eq=False)
 class ContainerRuntime:
     """Runs commands in containers, by crun; made by ``open``."""
 
-    _processes: Processes
-    _bundles: Path
+    processes: Processes
+    directory: Path
+    """Of the containers that stay, and of nothing else."""
+    _invocations: Path
     _state: Path
     _crun: str
     _seccomp_profile: Path
     _open_files: int
-    _seccomp: OciProfile | None = None
-    _threads: trio.CapacityLimiter = attrs.field(factory=partial(trio.CapacityLimiter, _THREADS))
+    _seccomp: dict[bool, OciProfile] = attrs.field(factory=dict)
+    threads: trio.CapacityLimiter = attrs.field(factory=partial(trio.CapacityLimiter, _THREADS))
 
     @classmethod
     def open(
@@ -85,122 +128,337 @@ class ContainerRuntime:
         crun: str = "crun",
         seccomp_profile: Path = SECCOMP_PROFILE,
     ) -> ContainerRuntime:
-        """The runtime, with its bundles and crun's state below ``run_dir``.
+        """The runtime, with its files and crun's state below ``run_dir``.
 
-        What an earlier agent left there is removed: its containers are being ended.
+        What commands of an earlier agent left there is removed: they are being ended.
 
         Raises:
             OSError: ``run_dir`` is not writable.
         """
-        bundles, state = run_dir / "bundles", run_dir / "crun"
-        for directory in (bundles, state):
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True, mode=0o700)
+        directory, invocations, state = (run_dir / name for name in ("containers", "runs", "crun"))
+        shutil.rmtree(invocations, ignore_errors=True)
+        for path in (directory, invocations, state):
+            path.mkdir(parents=True, mode=0o700, exist_ok=True)
+        for path in state.iterdir():
+            # crun keeps a cache of its own there, too, which begins with a dot.
+            if not (path.name.startswith(".") or (directory / path.name).exists()):
+                shutil.rmtree(path, ignore_errors=True)
         return cls(
             processes=processes,
-            bundles=bundles,
+            directory=directory,
+            invocations=invocations,
             state=state,
             crun=crun,
             seccomp_profile=seccomp_profile,
             open_files=_granted_open_files(),
         )
 
-    async def run(
-        self,
-        command: ContainerCommand,
-        rootfs: Path,
-        *,
-        stdin_data: str | None = None,
-        timeout_s: float | None = None,
-        output_limit_bytes: int = OUTPUT_LIMIT_BYTES,
-    ) -> Collected:
-        """Run a command to its end in a container of its own on ``rootfs``, a mounted directory.
-
-        The container ends with its command, and when cancelled; nothing of it is left then.
-        ``stdin_data``, ``timeout_s`` and ``output_limit_bytes`` are as for ``collect``.
-
-        Raises:
-            AgentError: RUN_FAILED: no container can be made, or the command cannot be executed.
-        """
-        tree = self._processes.tree
+    @property
+    def tree(self) -> CgroupTree:
+        """The cgroups. Raises AgentError: RUN_FAILED; there are none."""
+        tree = self.processes.tree
         if tree is None:
             raise AgentError(
                 ErrorCode.RUN_FAILED, "containers need cgroup2, and there is none to write to"
             )
-        async with self._bundle(command, rootfs) as bundle:
-            with _failing_to_run():
-                async with self._processes.running(
-                    self._crun_run(bundle),
-                    parent=tree.containers,
-                    takes_stdin=stdin_data is not None,
-                ) as process:
-                    collected = await collect(
-                        process,
-                        stdin_data=stdin_data,
-                        timeout_s=timeout_s,
-                        output_limit_bytes=output_limit_bytes,
-                    )
-                    # Should crun itself have been killed, the container would go on without it.
-                    await process.end_tree()
-            if collected.exit_code == _CRUN_FAILED:
-                check = partial(_check_start, bundle, collected, command, rootfs)
-                await trio.to_thread.run_sync(check, limiter=self._threads)
-            return collected
+        return tree
 
-    def _crun_run(self, bundle: Bundle) -> Command:
-        # crun makes no cgroup: it and the container are born in the command's. That saves the
-        # move by cgroup.procs (milliseconds) and leaves nothing of crun's making to remove.
-        argv = (self._crun, f"--root={self._state}", "--cgroup-manager=disabled", "run")
-        options = (f"--bundle={bundle.directory}", f"--pid-file={bundle.pid_file}")
-        return Command(argv=(*argv, *options, bundle.container_id), environment=BASE_ENVIRONMENT)
+    def cgroups(self, *, privileged: bool) -> Path:
+        """Where containers of a kind have theirs; raises as ``tree``."""
+        return self.tree.privileged if privileged else self.tree.containers
 
     @asynccontextmanager
-    async def _bundle(self, command: ContainerCommand, rootfs: Path) -> AsyncIterator[Bundle]:
-        bundle = Bundle(self._bundles / secrets.token_hex(8))
-        try:
-            write = partial(self._write_bundle, bundle, command, rootfs)
-            await trio.to_thread.run_sync(write, limiter=self._threads)
-            yield bundle
-        finally:
-            remove = partial(self._remove_bundle, bundle)
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(remove, limiter=self._threads)
+    async def running(
+        self,
+        command: ContainerCommand,
+        rootfs: Path,
+        *,
+        takes_stdin: bool = False,
+        terminal: bool = False,
+    ) -> AsyncIterator[Running]:
+        """A command in a container of its own on ``rootfs``, a mounted directory, for the block.
 
-    def _write_bundle(self, bundle: Bundle, command: ContainerCommand, rootfs: Path) -> None:
+        The container ends with its command, and with the block; nothing of it is left then.
+
+        Raises:
+            AgentError: RUN_FAILED: no container can be made, or the command cannot be executed.
+        """
+        parent = self.cgroups(privileged=command.privileged)
+
+        def prepare(directory: Path) -> Invocation:
+            return self._write_config(directory, command, rootfs, terminal=terminal)
+
+        async with self._invocation(prepare) as invocation:
+            argv = self._argv(invocation, "run", f"--bundle={invocation.directory}")
+            async with self._started(
+                (*argv, invocation.directory.name), parent, takes_stdin, terminal
+            ) as process:
+                try:
+                    yield Running(process, invocation, command, command.binds)
+                finally:
+                    # Should crun itself have been killed, the container would go on without it.
+                    with trio.CancelScope(shield=True):
+                        await process.end_tree()
+
+    @asynccontextmanager
+    async def joining(
+        self,
+        command: ContainerCommand,
+        container_id: str,
+        first_pid: int,
+        parent: Path,
+        *,
+        takes_stdin: bool = False,
+        terminal: bool = False,
+    ) -> AsyncIterator[Running]:
+        """A command in a container that runs, in a cgroup of its own below ``parent``.
+
+        ``first_pid`` is the container's first process. Left before the command has ended, or
+        cancelled, the block ends with its whole tree dead; what the command leaves behind lives on.
+
+        Raises:
+            AgentError: as ``running``.
+        """
+
+        def prepare(directory: Path) -> Invocation:
+            return self._write_process(directory, command, first_pid, terminal=terminal)
+
+        async with self._invocation(prepare) as invocation:
+            argv = self._exec(invocation, container_id)
+            async with self._started(argv, parent, takes_stdin, terminal) as process:
+                yield Running(process, invocation, command, ())
+                if process.was_killed:
+                    # Not the command's end but crun's own: nobody would see to the command's.
+                    await process.end_tree()
+
+    async def start_background(
+        self,
+        command: ContainerCommand,
+        container_id: str,
+        first_pid: int,
+        parent: Path,
+        *,
+        stdin_data: str | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Start a command in a container that runs, with its output in a log; its pid in the VM.
+
+        Raises:
+            AgentError: as ``running``.
+        """
+
+        def prepare(directory: Path) -> Invocation:
+            return self._write_process(directory, command, first_pid, terminal=False)
+
+        async with self._invocation(prepare) as invocation:
+            argv = self._exec(invocation, container_id, "--detach")
+            return await self.processes.start_background(
+                Command(argv=argv, environment=BASE_ENVIRONMENT),
+                parent=parent,
+                pid_of=partial(pid_of_detached, invocation, command),
+                stdin_data=stdin_data,
+                timeout_s=timeout_s,
+            )
+
+    async def start(
+        self,
+        command: ContainerCommand,
+        rootfs: Path,
+        directory: Path,
+        parent: Path,
+        *,
+        logged: bool,
+    ) -> int:
+        """Start a container on ``rootfs`` that outlives its request; its first process's pid.
+
+        ``directory`` is its bundle, and its name is the container's; it stays, with the bundle.
+        The first process has the cgroup ``parent``/first. ``logged``: its output goes to a log of
+        the container's name.
+
+        Raises:
+            AgentError: as ``running``; then ``directory`` is gone.
+        """
+        write = partial(self._write_config, directory, command, rootfs, terminal=False)
+        invocation = await self.in_thread(write)
+        try:
+            bundle = f"--bundle={directory}"
+            argv = (*self._argv(invocation, "run", "--detach", bundle), directory.name)
+            crun = Command(argv=argv, environment=BASE_ENVIRONMENT)
+            pid_of = partial(pid_of_detached, invocation, command)
+            with _failing_to_run():
+                if logged:
+                    return await self.processes.start_background(
+                        crun, parent=parent, name="first", log_name=directory.name, pid_of=pid_of
+                    )
+                stdio = Stdio()
+                async with self.processes.running(
+                    crun, stdio, parent=parent, name="first"
+                ) as process:
+                    return await pid_of(process)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.in_thread(self.forget, directory)
+            raise
+        finally:
+            invocation.close()
+
+    def forget(self, directory: Path) -> None:
+        """Remove what is kept of a container that has ended. Blocks."""
+        # crun removes its state itself only where it sees the end.
+        shutil.rmtree(self._state / directory.name, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+    async def in_thread(
+        self, work: Callable[[*Arguments], Result], *arguments: *Arguments
+    ) -> Result:
+        """Do what blocks on files."""
+        return await trio.to_thread.run_sync(work, *arguments, limiter=self.threads)
+
+    def _exec(self, invocation: Invocation, container_id: str, *more: str) -> tuple[str, ...]:
+        process = f"--process={invocation.directory / 'process.json'}"
+        return (*self._argv(invocation, "exec", process, *more), container_id)
+
+    def _argv(self, invocation: Invocation, *words: str) -> tuple[str, ...]:
+        # crun makes no cgroup: it and the container are born in the command's. That saves the
+        # move by cgroup.procs (milliseconds) and leaves nothing of crun's making to remove.
+        options = (f"--root={self._state}", "--cgroup-manager=disabled", f"--log={invocation.log}")
+        return (self._crun, *options, *words, *invocation.options)
+
+    @asynccontextmanager
+    async def _started(
+        self, argv: Sequence[str], parent: Path, takes_stdin: bool, terminal: bool
+    ) -> AsyncIterator[Process]:
+        """crun itself never has a terminal: it sends the one that it makes in the container."""
+        crun = Command(argv=tuple(argv), environment=BASE_ENVIRONMENT)
+        stdio = Stdio(takes_stdin=takes_stdin and not terminal)
+        with _failing_to_run():
+            async with self.processes.running(crun, stdio, parent=parent) as process:
+                yield process
+
+    @asynccontextmanager
+    async def _invocation(self, prepare: Callable[[Path], Invocation]) -> AsyncIterator[Invocation]:
+        directory = self._invocations / secrets.token_hex(8)
+        try:
+            invocation = await self.in_thread(prepare, directory)
+            try:
+                yield invocation
+            finally:
+                invocation.close()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.in_thread(self.forget, directory)
+
+    def _write_config(
+        self, directory: Path, command: ContainerCommand, rootfs: Path, *, terminal: bool
+    ) -> Invocation:
         with failing_as(ErrorCode.RUN_FAILED, f"run {command.argv[0]}: prepare the container"):
-            user = _user(command, rootfs)
+            with ExitStack() as stack:
+                view = _View.of_binds(stack, rootfs, command.binds)
+                process = self._process(command, view, terminal=terminal)
             hostname = socket.gethostname()
-            bundle.directory.mkdir(mode=0o700)
-            binds = _network_files(bundle.directory, hostname)
+            directory.mkdir(mode=0o700)
             container = Container(
-                argv=command.argv,
-                environment={**BASE_ENVIRONMENT, "HOME": user.home, **command.environment},
-                directory=command.directory,
-                user=user,
+                process=process,
                 rootfs=rootfs,
                 hostname=hostname,
-                binds=[*binds, *command.binds],
-                seccomp=self._seccomp_of_this_machine(),
-                open_files=self._open_files,
+                binds=[*_network_files(directory, hostname), *command.binds],
+                seccomp=self._seccomp_of_this_machine(command.privileged),
+                privileged=command.privileged,
             )
             config = orjson.dumps(runtime_config(container))
-            (bundle.directory / "config.json").write_bytes(config)
+            (directory / "config.json").write_bytes(config)
+            return Invocation.prepare(directory, terminal=terminal)
 
-    def _seccomp_of_this_machine(self) -> OciProfile:
-        if self._seccomp is None:
+    def _write_process(
+        self, directory: Path, command: ContainerCommand, first_pid: int, *, terminal: bool
+    ) -> Invocation:
+        with failing_as(ErrorCode.RUN_FAILED, f"run {command.argv[0]}: join the container"):
+            with ExitStack() as stack:
+                # As the container sees it, with all that was mounted into it.
+                view = _View.of_binds(stack, Path(f"/proc/{first_pid}/root"), ())
+                process = self._process(command, view, terminal=terminal)
+            directory.mkdir(mode=0o700)
+            (directory / "process.json").write_bytes(orjson.dumps(process_config(process)))
+            return Invocation.prepare(directory, terminal=terminal)
+
+    def _process(
+        self, command: ContainerCommand, view: _View, *, terminal: bool
+    ) -> ContainerProcess:
+        user = _user(command, view.root)
+        environment = {**BASE_ENVIRONMENT, "HOME": user.home, **command.environment}
+        refusal = unrunnable(command.argv, environment, command.directory, view.open)
+        if refusal is not None:
+            raise AgentError(ErrorCode.RUN_FAILED, f"run {command.argv[0]}: {refusal}")
+        return ContainerProcess(
+            argv=command.argv,
+            environment=environment,
+            directory=command.directory,
+            user=user,
+            open_files=self._open_files,
+            terminal=terminal,
+            capabilities=_capabilities(command.privileged),
+        )
+
+    def _seccomp_of_this_machine(self, privileged: bool) -> OciProfile:
+        if privileged not in self._seccomp:
             profile = orjson.loads(self._seccomp_profile.read_bytes())
-            self._seccomp = oci_profile(profile, DEFAULT_CAPABILITIES, os.uname().machine)
-        return self._seccomp
-
-    def _remove_bundle(self, bundle: Bundle) -> None:
-        # crun removes its state itself unless it was killed.
-        shutil.rmtree(self._state / bundle.container_id, ignore_errors=True)
-        shutil.rmtree(bundle.directory, ignore_errors=True)
+            machine = os.uname().machine
+            self._seccomp[privileged] = oci_profile(profile, _capabilities(privileged), machine)
+        return self._seccomp[privileged]
 
 
-def _user(command: ContainerCommand, rootfs: Path) -> User:
-    with Rootfs.opened(rootfs) as files:
-        passwd, group = files.read_text("etc/passwd"), files.read_text("etc/group")
+@attrs.frozen
+class _View:
+    """A container's files as its command will see them: what is bound lies over the root."""
+
+    root: Rootfs
+    _bound: Sequence[tuple[str, Rootfs]]
+
+    @classmethod
+    def of_binds(cls, stack: ExitStack, root: Path, binds: Sequence[Bind]) -> _View:
+        """The view for as long as ``stack``; raises OSError."""
+        bound = [
+            (bind.destination, stack.enter_context(Rootfs.opened(Path(bind.source))))
+            for bind in sorted(binds, key=lambda bind: len(bind.destination), reverse=True)
+            if Path(bind.source).is_dir()
+        ]
+        return cls(stack.enter_context(Rootfs.opened(root)), bound)
+
+    @property
+    def open(self) -> Opener:
+        return self._open
+
+    def _open(self, path: str) -> int:
+        for destination, files in self._bound:
+            if path.startswith(f"{destination}/"):
+                return files.open(path.removeprefix(destination))
+        return self.root.open(path)
+
+
+async def pid_of_detached(invocation: Invocation, command: ContainerCommand, crun: Process) -> int:
+    """The pid of what crun leaves running when it ends, as it must at once.
+
+    Raises:
+        AgentError: RUN_FAILED or MOUNT_FAILED; it left nothing.
+    """
+    status = await crun.wait()
+    if status == 0 and invocation.has_started() and invocation.pid is not None:
+        return invocation.pid
+    running = Running(crun, invocation, command, command.binds)
+    raise await trio.to_thread.run_sync(running.failure)
+
+
+def _capabilities(privileged: bool) -> Sequence[str]:
+    if not privileged:
+        return DEFAULT_CAPABILITIES
+    # Nobody can give what it has not: in the VM that is all, elsewhere it may be less.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (mask,) = (line.split()[1] for line in lines if line.startswith("CapBnd:"))
+    return capabilities_in(int(mask, 16))
+
+
+def _user(command: ContainerCommand, files: Rootfs) -> User:
+    passwd, group = files.read_text("etc/passwd"), files.read_text("etc/group")
     try:
         return find_user(command.user, passwd, group)
     except UnknownUser as error:
@@ -227,35 +485,14 @@ def _text_of_vm(path: str) -> str:
     return ""
 
 
-def _check_start(
-    bundle: Bundle, collected: Collected, command: ContainerCommand, rootfs: Path
-) -> None:
-    """Raise RUN_FAILED if it was not the command that ended with crun's exit status.
-
-    Without the pid file there was no command, and all that was written is crun's. With it only
-    exec can have failed, which crun's process in the container tells in one line.
-    """
-    doing = f"run {command.argv[0]}"
-    if not bundle.pid_file.exists():
-        said = " ".join(collected.stderr.decode(errors="replace").split())
-        raise AgentError(ErrorCode.RUN_FAILED, f"{doing}: {said or 'crun failed'}")
-    failed = _EXEC_FAILED.fullmatch(collected.stderr)
-    if failed is None or collected.stdout:
-        return
-    path, cause = (os.fsdecode(text) for text in failed.groups())
-    refusal = next((number for number in errno.errorcode if os.strerror(number) == cause), 0)
-    if refusal:
-        with Rootfs.opened(rootfs) as files:
-            cause = explain_refusal(path, refusal, files.open)
-    raise AgentError(ErrorCode.RUN_FAILED, f"{doing}: {path}: {cause}")
-
-
 @contextmanager
 def _failing_to_run() -> Iterator[None]:
     """What failed to start is crun, but what the host asked for is a container."""
     try:
         yield
     except AgentError as error:
+        if error.code is not ErrorCode.SPAWN_FAILED:
+            raise
         raise AgentError(ErrorCode.RUN_FAILED, error.message) from error
 
 

@@ -45,6 +45,12 @@ DEFAULT_DEVICES: Sequence[DeviceRule] = (
     DeviceRule(CHARACTER, 136),  # pts/*
 )
 
+# For containers that are machines of their own: what FUSE takes besides. No disk is among them.
+WHOLE_MACHINE_DEVICES: Sequence[DeviceRule] = (
+    *DEFAULT_DEVICES,
+    DeviceRule(CHARACTER, 10, 229),  # fuse
+)
+
 
 def device_program(rules: Sequence[DeviceRule]) -> bytes:
     """The eBPF instructions that allow what a rule allows, and nothing else.

@@ -6,8 +6,9 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 from agent.errors import AgentError
 from agent.processes.command import DEFAULT_PATH, Command
@@ -22,6 +23,9 @@ _INTERPRETERS = 5
 # elf(5). Programs have about a dozen headers; a hostile image may claim any number.
 _PT_INTERP = 3
 _PROGRAM_HEADERS = 64
+
+# There when further formats of programs are registered (Documentation/admin-guide/binfmt-misc.rst).
+_BINFMT_MISC = Path("/proc/sys/fs/binfmt_misc/status")
 
 
 def find_executable(command: Command) -> str:
@@ -90,6 +94,45 @@ def explain_refusal(path: str, refusal: int, opener: Opener) -> str:
             " nor a script that begins with #! and its interpreter"
         )
     return os.strerror(refusal)
+
+
+def unrunnable(
+    argv: Sequence[str], environment: Mapping[str, str], directory: str, opener: Opener
+) -> str | None:
+    """Why execve(2) will refuse a command, as far as its file tells; None where nothing is wrong.
+
+    For what a container's runtime finds executable and execve does not: a file that is neither a
+    program nor a script, or whose interpreter is missing. What cannot be found is left to the
+    runtime to tell. ``opener`` sees files as the command will.
+    """
+    name = argv[0]
+    path = environment.get("PATH", DEFAULT_PATH)
+    places = [directory] if "/" in name else [part or "." for part in path.split(":")]
+    for place in places:
+        candidate = str(PurePosixPath("/", directory, place, name))
+        try:
+            descriptor = opener(candidate)
+        except OSError:
+            continue
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode) or not mode & 0o111:
+                continue
+            head = os.pread(descriptor, 4, 0)
+        finally:
+            os.close(descriptor)
+        if not head.startswith((b"#!", b"\x7fELF")):
+            # The kernel may have been taught further formats.
+            refusal = None if _BINFMT_MISC.exists() else errno.ENOEXEC
+        else:
+            refusal = errno.ENOENT
+            with suppress(OSError, struct.error):
+                if _blamed_interpreter(candidate, opener) is None:
+                    refusal = None
+        if refusal is None:
+            return None
+        return f"{candidate}: {explain_refusal(candidate, refusal, opener)}"
+    return None
 
 
 def _blamed_interpreter(path: str, opener: Opener) -> str | None:

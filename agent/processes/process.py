@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
-from contextlib import ExitStack
+import time
+from contextlib import AbstractContextManager, ExitStack
+from enum import Enum
 from pathlib import Path
 
 import attrs
@@ -15,10 +18,30 @@ from agent.linux.spawn import posix_spawn
 from agent.processes.cgroup import Cgroup
 from agent.processes.command import Command
 from agent.processes.executable import explain_refusal, find_executable
-from agent.processes.pipes import OutputPipe
+from agent.processes.outcome import TIMED_OUT, Outcome
+from agent.processes.pipes import InputPipe, OutputPipe, input_pipe, output_pipe
+from agent.processes.terminal import Terminal, open_terminal
 from protocol.errors import ErrorCode
 
 _DEATH_S = 2
+
+
+class Stream(Enum):
+    """Where output came from; a terminal's is all stdout."""
+
+    STDOUT = "stdout"
+    STDERR = "stderr"
+
+
+@attrs.frozen
+class Stdio:
+    """What a command's standard streams are: pipes, unless it has a terminal or a log."""
+
+    takes_stdin: bool = False
+    """Without a terminal: whether stdin is a pipe, rather than /dev/null."""
+    terminal: bool = False
+    log: Path | None = None
+    """A FIFO, somewhere read, for stdout and stderr together."""
 
 
 @attrs.define(eq=False)
@@ -32,20 +55,75 @@ class Process:
     """As the VM sees it; certain to be this process until ``wait`` has returned."""
     cgroup: Cgroup | None
     """Of its own; None where the machine has no cgroup2 to write to."""
-    stdin: trio.lowlevel.FdStream | None
-    """The writing end of its stdin; None where that is /dev/null."""
-    stdout: OutputPipe
-    stderr: OutputPipe
+    stdin: InputPipe | None
+    """What it reads; None where that is /dev/null. A ``Terminal`` where it has one."""
+    outputs: dict[Stream, OutputPipe]
+    """What it writes, as far as the agent is to read it."""
     _pidfd: int
+    _started_at: float
+    _usage: resource.struct_rusage | None = None
+    _signal: int | None = None
+    _ended_at: float = 0
     exit_code: int | None = None
     """Set when it has ended: its status, or 128 plus the signal that ended it."""
+
+    @property
+    def terminal(self) -> Terminal | None:
+        return self.stdin if isinstance(self.stdin, Terminal) else None
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal has ended it."""
+        return self._signal is not None
+
+    def attach_terminal(self, terminal: Terminal) -> None:
+        """Take a terminal over, in the place of what was its stdin and stdout."""
+        if self.stdin is not None:
+            self.stdin.close()
+        self.stdin = terminal
+        for pipe in self.outputs.values():
+            pipe.close()
+        self.outputs = {Stream.STDOUT: terminal.output}
 
     async def wait(self) -> int:
         """Its exit code, as soon as it has ended; for one task at a time."""
         if self.exit_code is None:
             await trio.lowlevel.wait_readable(self._pidfd)
-            self.exit_code = _reap(self._pidfd)
+            self._reap()
+        assert self.exit_code is not None
         return self.exit_code
+
+    def _reap(self) -> None:
+        # Its pidfd says that it has ended, and until now it has been a zombie: the pid is its own.
+        _, status, self._usage = os.wait4(self.pid, 0)
+        self._ended_at = time.monotonic()
+        code = os.waitstatus_to_exitcode(status)
+        if code < 0:
+            self._signal = -code
+        self.exit_code = code if code >= 0 else 128 - code
+
+    def outcome(self, *, timed_out: bool = False) -> Outcome:
+        """What became of it; it has been waited for, and its cgroup is still there."""
+        assert self.exit_code is not None
+        assert self._usage is not None
+        cpu_us = round((self._usage.ru_utime + self._usage.ru_stime) * 1e6)
+        peak_memory_bytes = _peak_memory_bytes(self._usage)
+        oom = False
+        if self.cgroup is not None:
+            counters = self.cgroup.counters()
+            cpu_us = counters.cpu_us if counters.cpu_us is not None else cpu_us
+            if counters.peak_memory_bytes is not None:
+                peak_memory_bytes = counters.peak_memory_bytes
+            oom = bool(counters.oom_kills)
+        return Outcome(
+            exit_code=TIMED_OUT if timed_out else self.exit_code,
+            signal=None if timed_out else self._signal,
+            timed_out=timed_out,
+            oom=oom,
+            duration_ms=round((self._ended_at - self._started_at) * 1000),
+            cpu_us=cpu_us,
+            peak_memory_bytes=peak_memory_bytes,
+        )
 
     def kill_tree(self) -> None:
         """SIGKILL to it and to everything that it started, whatever session that is in.
@@ -66,73 +144,91 @@ class Process:
         with trio.move_on_after(_DEATH_S):
             await self.wait()
             if self.cgroup is not None:
-                await self.cgroup.removed()
+                await self.cgroup.emptied()
+
+    def close_outputs(self) -> None:
+        """Stop reading; for a process that has ended, or is about to."""
+        for pipe in self.outputs.values():
+            pipe.close()
 
     def close(self) -> None:
         """Let go of its descriptors. It has been waited for."""
-        self.stdout.close()
-        self.stderr.close()
+        self.close_outputs()
         if self.stdin is not None:
             self.stdin.close()
         os.close(self._pidfd)
 
 
-def _reap(pidfd: int) -> int:
-    """The exit code of a child that has ended, and its end as a zombie (waitid(2))."""
-    ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    assert ended is not None  # that is for WNOHANG only
-    return ended.si_status + (0 if ended.si_code == os.CLD_EXITED else 128)
+def _peak_memory_bytes(usage: resource.struct_rusage) -> int | None:
+    """The largest resident size of one process; None where the agent's own covers it up.
+
+    Until exec a process that posix_spawn makes shares the agent's memory, and getrusage(2) counts
+    the size of that as the process's.
+    """
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage.ru_maxrss * 1024 if usage.ru_maxrss > ours else None
 
 
-def start_process(command: Command, *, parent: Path | None, takes_stdin: bool) -> Process:
-    """Start ``command`` in a new cgroup in ``parent``, with pipes for its output.
+def start_process(
+    command: Command,
+    stdio: Stdio,
+    cgroup: Cgroup | None,
+    unprotected: AbstractContextManager[None],
+) -> Process:
+    """Start ``command`` in a cgroup of its own, which stays the caller's if this fails.
 
     For a worker thread: finding and executing a file takes as long as its file system does.
+    ``unprotected`` is entered while the process is made.
 
     Raises:
         AgentError: SPAWN_FAILED with the cause; nothing is left behind.
     """
     path = find_executable(command)
-    with (
-        failing_as(ErrorCode.SPAWN_FAILED, f"start {command.argv[0]}"),
-        ExitStack() as undo,
-        ExitStack() as theirs,
-    ):
-        cgroup = Cgroup.make(parent) if parent is not None else None
-        if cgroup is not None:
-            undo.callback(cgroup.remove)
-        stdin, to_stdin = _pipe(theirs, undo) if takes_stdin else (None, None)
-        from_stdout, stdout = _pipe(undo, theirs)
-        from_stderr, stderr = _pipe(undo, theirs)
-        pid = _spawn(command, path, stdin, stdout, stderr, cgroup)
-        undo.callback(os.waitpid, pid, 0)
-        undo.callback(os.kill, pid, signal.SIGKILL)
+    doing = f"start {command.argv[0]}"
+    with failing_as(ErrorCode.SPAWN_FAILED, doing), ExitStack() as ours, ExitStack() as theirs:
+        stdin: int | None = None
+        outputs: dict[Stream, int] = {}
+        streams: tuple[int | None, int, int] | str
+        if stdio.terminal:
+            stdin, streams = open_terminal(ours, theirs)
+        else:
+            read = None
+            if stdio.takes_stdin:
+                stdin, read = input_pipe(ours, theirs)
+            if stdio.log is not None:
+                written = os.open(stdio.log, os.O_RDWR | os.O_CLOEXEC)
+                theirs.callback(os.close, written)
+                streams = (read, written, written)
+            else:
+                outputs[Stream.STDOUT], stdout = output_pipe(ours, theirs)
+                outputs[Stream.STDERR], stderr = output_pipe(ours, theirs)
+                streams = (read, stdout, stderr)
+        started_at = time.monotonic()
+        with unprotected:
+            pid = _spawn(command, path, streams, cgroup)
+        ours.callback(os.waitpid, pid, 0)
+        ours.callback(os.kill, pid, signal.SIGKILL)
         pidfd = os.pidfd_open(pid)
-        undo.pop_all()
+        ours.pop_all()
+    terminal = Terminal(stdin) if stdio.terminal and stdin is not None else None
+    if terminal is not None:
+        pipes = {Stream.STDOUT: terminal.output}
+    else:
+        pipes = {stream: OutputPipe(descriptor) for stream, descriptor in outputs.items()}
     return Process(
         pid=pid,
         cgroup=cgroup,
-        stdin=trio.lowlevel.FdStream(to_stdin) if to_stdin is not None else None,
-        stdout=OutputPipe(from_stdout),
-        stderr=OutputPipe(from_stderr),
+        stdin=terminal or (InputPipe(stdin) if stdin is not None else None),
+        outputs=pipes,
         pidfd=pidfd,
+        started_at=started_at,
     )
-
-
-def _pipe(reader: ExitStack, writer: ExitStack) -> tuple[int, int]:
-    """A pipe whose ends close with two stacks; the descriptors to read from and to write to."""
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    reader.callback(os.close, reading)
-    writer.callback(os.close, writing)
-    return reading, writing
 
 
 def _spawn(
     command: Command,
     path: str,
-    stdin: int | None,
-    stdout: int,
-    stderr: int,
+    streams: tuple[int | None, int, int] | str,
     cgroup: Cgroup | None,
 ) -> int:
     def open_as_seen_by_it(file: str) -> int:
@@ -145,9 +241,7 @@ def _spawn(
             command.argv,
             command.environment,
             cwd=command.directory,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
+            stdio=streams,
             cgroup=cgroup.path if cgroup is not None else None,
         )
     except OSError as error:

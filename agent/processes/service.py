@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import attrs
 import trio
 
-from agent.errors import cause_of
+from agent.errors import cause_of, failing_as
 from agent.processes.cgroup import Cgroup, CgroupTree
-from agent.processes.collect import OUTPUT_LIMIT_BYTES, Collected, collect
+from agent.processes.collect import OUTPUT_LIMIT_BYTES, Collected, collect, feed
 from agent.processes.command import Command
-from agent.processes.pipes import OutputPipe
-from agent.processes.process import Process, start_process
+from agent.processes.limits import AppliedLimits, Limits
+from agent.processes.oom_protection import OomProtection
+from agent.processes.output_log import OutputLog, OutputLogs
+from agent.processes.pipes import OutputPipe, adopt
+from agent.processes.process import Process, Stdio, start_process
+from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,11 @@ class Processes:
     """
 
     tree: CgroupTree | None
-    _lifetime: trio.Nursery
+    logs: OutputLogs
+    lifetime: trio.Nursery
+    """Of the agent, for what outlives a connection."""
+    limits: AppliedLimits
+    _protection: OomProtection
     _starts: trio.CapacityLimiter = attrs.field(
         factory=partial(trio.CapacityLimiter, _STARTS_AT_ONCE)
     )
@@ -54,9 +63,7 @@ class Processes:
         Raises:
             AgentError: SPAWN_FAILED, if it cannot be started.
         """
-        parent = self.tree.commands if self.tree is not None else None
-        takes_stdin = stdin_data is not None
-        async with self.running(command, parent=parent, takes_stdin=takes_stdin) as process:
+        async with self.running(command, Stdio(takes_stdin=stdin_data is not None)) as process:
             return await collect(
                 process,
                 stdin_data=stdin_data,
@@ -66,37 +73,91 @@ class Processes:
 
     @asynccontextmanager
     async def running(
-        self, command: Command, *, parent: Path | None, takes_stdin: bool
+        self,
+        command: Command,
+        stdio: Stdio,
+        *,
+        parent: Path | None = None,
+        name: str | None = None,
     ) -> AsyncIterator[Process]:
-        """A process in a cgroup of its own below ``parent``, for as long as the block takes.
+        """A process in a cgroup of its own, for as long as the block takes.
 
-        Left before the process has ended, or cancelled, the block ends with its whole tree dead.
-        What a process left behind that ended by itself goes on in the agent's lifetime.
+        ``parent`` is the cgroup above (without one it is that of all commands in the VM), and
+        ``name`` that of its own, if it matters. Left
+        before the process has ended, or cancelled, the block ends with its whole tree dead. What a
+        process left behind that ended by itself goes on in the agent's lifetime.
 
         Raises:
             AgentError: SPAWN_FAILED, if it cannot be started.
         """
-        process = await trio.to_thread.run_sync(
-            partial(start_process, command, parent=parent, takes_stdin=takes_stdin),
-            limiter=self._starts,
-        )
+        process = await self._start(command, stdio, parent, name)
         try:
             yield process
         finally:
             with trio.CancelScope(shield=True):
                 await self._finish(process)
 
-    async def _finish(self, process: Process) -> None:
-        if process.exit_code is None:
-            await process.end_tree()
-            process.stdout.close()
-            process.stderr.close()
-        cgroup_is_gone = process.cgroup is None or process.cgroup.remove()
-        pipes_are_done = not (process.stdout.is_open or process.stderr.is_open)
-        if process.exit_code is not None and cgroup_is_gone and pipes_are_done:
-            process.close()
-        else:
-            self._lifetime.start_soon(_outlive, process)
+    async def start_background(
+        self,
+        command: Command,
+        *,
+        parent: Path | None = None,
+        name: str | None = None,
+        log_name: str | None = None,
+        pid_of: Callable[[Process], Awaitable[int]] | None = None,
+        stdin_data: str | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Start a command that outlives its request, with its output in a log; its pid.
+
+        After ``timeout_s`` its whole tree is killed. ``parent`` and ``name`` are as for
+        ``running``. The log has the pid's name, or ``log_name``. Where the command is one that
+        leaves another process running, ``pid_of`` tells which, and whether that worked.
+
+        Raises:
+            AgentError: SPAWN_FAILED, if it cannot be started; what ``pid_of`` raises.
+        """
+        async with self._logged() as (output, reader):
+            stdio = Stdio(takes_stdin=stdin_data is not None, log=output.fifo)
+            process = await self._start(command, stdio, parent, name)
+            try:
+                pid = process.pid if pid_of is None else await pid_of(process)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await process.end_tree()
+                    await self._finish(process)
+                raise
+            # From here on it goes on, whoever hangs up.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(output.name, log_name or str(pid))
+                if process.cgroup is not None:
+                    with suppress(OSError):  # it has ended, and all is over
+                        process.cgroup.keep(_boottime_after(timeout_s))
+                    self.lifetime.start_soon(_see_off, process.cgroup, timeout_s)
+                self.lifetime.start_soon(self._keep_log, output, reader)
+                self.lifetime.start_soon(_see_to_background, process, pid, stdin_data)
+        return pid
+
+    @asynccontextmanager
+    async def _logged(self) -> AsyncIterator[tuple[OutputLog, OutputPipe]]:
+        """A new log and the end to read from; both are gone again if the block raises.
+
+        Raises:
+            AgentError: INTERNAL_ERROR; there is no place for it.
+        """
+        output = await trio.to_thread.run_sync(self.logs.new)
+        try:
+            with failing_as(ErrorCode.INTERNAL_ERROR, f"open {output.fifo}"):
+                reader = output.open_reader()
+            try:
+                yield output, reader
+            except BaseException:
+                reader.close()
+                raise
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(output.remove)
+            raise
 
     async def stop_all(self, grace_s: float) -> None:
         """End every command and container, whoever started it: TERM, and KILL after ``grace_s``.
@@ -113,14 +174,96 @@ class Processes:
         with trio.move_on_after(_DEATH_S):
             await workloads.emptied()
 
+    async def _start(
+        self, command: Command, stdio: Stdio, parent: Path | None, name: str | None
+    ) -> Process:
+        if parent is None and self.tree is not None:
+            parent = self.tree.commands
+        return await trio.to_thread.run_sync(
+            self._launch, command, stdio, parent, name, limiter=self._starts
+        )
+
+    def _launch(
+        self, command: Command, stdio: Stdio, parent: Path | None, name: str | None
+    ) -> Process:
+        cgroup = None
+        if parent is not None:
+            with failing_as(ErrorCode.SPAWN_FAILED, f"start {command.argv[0]}"):
+                cgroup = Cgroup.make(parent, name)
+        try:
+            if cgroup is not None:
+                with failing_as(ErrorCode.SPAWN_FAILED, f"limit {command.argv[0]}"):
+                    self.limits.limit_command(cgroup.path)
+            return start_process(command, stdio, cgroup, self._protection.lifted())
+        except BaseException:
+            if cgroup is not None:
+                cgroup.remove()
+            raise
+
+    async def _finish(self, process: Process) -> None:
+        if process.exit_code is None:
+            await process.end_tree()
+            process.close_outputs()
+        cgroup_is_gone = process.cgroup is None or process.cgroup.remove()
+        pipes_are_done = not any(pipe.is_open for pipe in process.outputs.values())
+        if process.exit_code is not None and cgroup_is_gone and pipes_are_done:
+            process.close()
+            return
+        if process.cgroup is not None and not cgroup_is_gone and process.exit_code is not None:
+            process.cgroup.keep()
+        self.lifetime.start_soon(_outlive, process)
+
+    async def _keep_log(self, output: OutputLog, reader: OutputPipe) -> None:
+        try:
+            await self.logs.follow(output, reader)
+            await trio.to_thread.run_sync(output.end)
+            await trio.to_thread.run_sync(self.logs.tidy)
+        finally:
+            reader.close()
+            output.close()
+
+    def adopt(self) -> None:
+        """Look after what an earlier agent left in ``commands``, and end what died with it."""
+        self.logs.forget_unfinished()
+        for name in self.logs.unended():
+            output = self.logs.of(name)
+            try:
+                self.lifetime.start_soon(self._keep_log, output, output.open_reader())
+            except OSError as error:
+                log.error("read %s: %s", output.fifo, cause_of(error))
+        if self.tree is None:
+            return
+        for cgroup in self.tree.all():
+            is_container = cgroup.path.parent != self.tree.commands
+            # Containers that stay are looked after by those who know them.
+            if not (is_container and cgroup.is_kept()):
+                self.adopt_command(cgroup)
+
+    def adopt_command(self, cgroup: Cgroup) -> None:
+        """Look after one command of an earlier agent, or end it if its request went with that."""
+        if cgroup.is_kept():
+            for pipe in adopt(cgroup.pids()):
+                self.lifetime.start_soon(_drop, pipe)
+        else:
+            cgroup.kill()
+        self.lifetime.start_soon(_see_off, cgroup, _time_left(cgroup.kept_until()))
+
 
 @asynccontextmanager
-async def open_processes(cgroup_root: Path | None) -> AsyncIterator[Processes]:
+async def open_processes(
+    cgroup_root: Path | None,
+    logs: Path,
+    *,
+    limits: Limits | None = None,
+    protection: OomProtection | None = None,
+) -> AsyncIterator[Processes]:
     """The service, with its commands' cgroups below a directory of cgroup2, or without any.
 
-    Leaving the block stops looking after what commands left behind, and does not end it:
-    ``stop_all`` does. What an earlier agent left is looked after, and its containers, whose
-    connections went with it, are ended.
+    ``logs`` is the directory for the output of what runs in the background; ``limits`` are applied
+    to the cgroups, and ``protection`` is what commands must not inherit. Leaving the block stops
+    looking after what commands left behind, and does not end it: ``stop_all`` does. What an earlier
+    agent left there is looked after; what it ran in the foreground, whose connections went with
+    it, is ended.
     """
     tree = None
     if cgroup_root is not None:
@@ -130,12 +273,17 @@ async def open_processes(cgroup_root: Path | None) -> AsyncIterator[Processes]:
             log.warning("commands have no cgroups: %s", cause_of(error))
     try:
         async with trio.open_nursery() as lifetime:
-            if tree is not None:
-                for cgroup in Cgroup.all_in(tree.containers):
-                    cgroup.kill()
-                for cgroup in Cgroup.all_in(tree.containers) + Cgroup.all_in(tree.commands):
-                    lifetime.start_soon(_remove, cgroup)
-            yield Processes(tree=tree, lifetime=lifetime)
+            processes = Processes(
+                tree=tree,
+                logs=OutputLogs(logs),
+                lifetime=lifetime,
+                limits=AppliedLimits()
+                if tree is None or limits is None
+                else limits.apply(tree.workloads.path),
+                protection=protection or OomProtection(),
+            )
+            processes.adopt()
+            yield processes
             lifetime.cancel_scope.cancel()
     finally:
         if tree is not None:
@@ -146,22 +294,54 @@ async def _outlive(process: Process) -> None:
     """Drop what is still written, and clean up when nobody is left to write."""
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_drop, process.stdout)
-            nursery.start_soon(_drop, process.stderr)
+            for pipe in process.outputs.values():
+                nursery.start_soon(_drop, pipe)
             await process.wait()
             if process.cgroup is not None:
-                await _remove(process.cgroup)
+                await _see_off(process.cgroup)
+    finally:
+        process.close()
+
+
+async def _see_to_background(process: Process, pid: int, stdin_data: str | None) -> None:
+    """Feed a background command and reap it."""
+    try:
+        async with trio.open_nursery() as feeding:
+            if process.stdin is not None:
+                feeding.start_soon(feed, process.stdin, (stdin_data or "").encode())
+            status = await process.wait()
+            if pid == process.pid:
+                log.info("background process %d ended with %d", pid, status)
     finally:
         process.close()
 
 
 async def _drop(pipe: OutputPipe) -> None:
-    while await pipe.receive():
-        pass
-
-
-async def _remove(cgroup: Cgroup) -> None:
     try:
+        while await pipe.receive():
+            pass
+    finally:
+        pipe.close()
+
+
+async def _see_off(cgroup: Cgroup, timeout_s: float | None = None) -> None:
+    """Remove a cgroup when it is empty; after ``timeout_s``, what still runs in it is killed."""
+    try:
+        if timeout_s is not None:
+            with trio.move_on_after(timeout_s) as limit:
+                await cgroup.emptied()
+            if limit.cancelled_caught:
+                cgroup.kill()
         await cgroup.removed()
     except OSError as error:
         log.error("remove %s: %s", cgroup.path, cause_of(error))
+
+
+def _boottime_after(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else time.clock_gettime(time.CLOCK_BOOTTIME) + timeout_s
+
+
+def _time_left(until: float | None) -> float | None:
+    if until is None:
+        return None
+    return max(0.0, until - time.clock_gettime(time.CLOCK_BOOTTIME))

@@ -78,6 +78,16 @@ def test_registries_may_be_repeated_as_arguments() -> None:
         ("innkeep.insecure_registry=http://r", "expected HOST:PORT, without a scheme"),
         ("innkeep.registry_ca=r:5000", "expected HOST:PORT=FILE"),
         ("innkeep.log=loud", "expected one of DEBUG, INFO"),
+        ("innkeep.workload_memory=512", "innkeep.workload_memory=512: expected a size like 512M"),
+        ("innkeep.workload_memory=-1M", "expected a size like 512M (K, M or G), or 'max'"),
+        ("innkeep.workload_memory=1.5G", "expected a size"),
+        ("innkeep.workload_memory=0M", "expected a size"),
+        ("innkeep.workload_memory=M", "expected a size"),
+        ("innkeep.workload_memory=", "expected a size"),
+        ("innkeep.workload_pids=many", "innkeep.workload_pids=many: expected a number of proces"),
+        ("innkeep.workload_pids=0", "expected a number of processes above 0, or 'max'"),
+        ("innkeep.command_pids=1k", "innkeep.command_pids=1k: expected a number of processes"),
+        ("innkeep.command_pids=\u00b2", "expected a number of processes"),
     ],
 )
 def test_a_word_that_means_nothing_is_named_with_what_was_expected(
@@ -86,6 +96,26 @@ def test_a_word_that_means_nothing_is_named_with_what_was_expected(
     with pytest.raises(ConfigError) as refusal:
         AgentConfig.from_boot(word, {}, [])
     assert expected in str(refusal.value)
+
+
+def test_limits_are_left_to_the_machine_where_no_word_sets_them() -> None:
+    config = AgentConfig.from_boot("innkeep.storage=memory", {}, [])
+    assert config.workload_memory is config.workload_pids is config.command_pids is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("512K", 512 << 10), ("300M", 300 << 20), ("2G", 2 << 30), ("max", "max")],
+)
+def test_the_memory_of_workloads_is_a_size(text: str, expected: int | str) -> None:
+    config = AgentConfig.from_boot(f"innkeep.workload_memory={text}", {}, [])
+    assert config.workload_memory == expected
+
+
+def test_processes_are_counted_for_all_workloads_and_for_each_command() -> None:
+    config = AgentConfig.from_boot("innkeep.workload_pids=max innkeep.command_pids=64", {}, [])
+    assert config.workload_pids == "max"
+    assert config.command_pids == 64
 
 
 def test_a_missing_argument_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ def output_of(
     with os.fdopen(reading) as output:
         try:
             pid = posix_spawn(
-                path, argv, env, cwd=cwd, stdin=None, stdout=writing, stderr=writing, cgroup=cgroup
+                path, argv, env, cwd=cwd, stdio=(None, writing, writing), cgroup=cgroup
             )
         finally:
             os.close(writing)

@@ -21,9 +21,9 @@ async def cgroup_root() -> AsyncIterator[Path]:
 
 
 @pytest.fixture
-async def processes(cgroup_root: Path) -> AsyncIterator[Processes]:
+async def processes(cgroup_root: Path, tmp_path: Path) -> AsyncIterator[Processes]:
     """The service, which starts commands in cgroups."""
-    async with open_processes(cgroup_root) as service:
+    async with open_processes(cgroup_root, tmp_path / "logs") as service:
         assert service.tree is not None
         yield service
 

@@ -17,6 +17,7 @@ from agent.processes.cgroup import Cgroup
 from agent.processes.collect import OUTPUT_LIMIT_BYTES, Collected
 from agent.processes.command import Bind, ContainerCommand
 from agent.processes.container import ContainerRuntime
+from agent.processes.outcome import Outcome
 from agent.processes.service import Processes, open_processes
 from protocol.errors import ErrorCode
 from protocol.values import ImageInfo
@@ -60,9 +61,10 @@ class Containers:
             "test", self.image, argv, env, workdir=workdir, user=user, binds=binds
         )
         with trio.fail_after(PATIENCE_S):
-            return await self.runtime.run(
-                command, self.rootfs, stdin_data=stdin_data, timeout_s=timeout_s
-            )
+            async with self.runtime.running(
+                command, self.rootfs, takes_stdin=stdin_data is not None
+            ) as running:
+                return await running.collect(stdin_data=stdin_data, timeout_s=timeout_s)
 
     async def printed(self, *argv: str, user: str | None = None, workdir: str | None = None) -> str:
         """What a command prints, which must succeed."""
@@ -85,9 +87,9 @@ def containers(runtime: ContainerRuntime, rootfs: Path) -> Containers:
 
 async def test_the_commands_output_and_exit_code_are_its_own(containers: Containers) -> None:
     collected = await containers.run("sh", "-c", "echo out; echo err >&2; exit 7")
-    assert collected == Collected(7, b"out\n", b"err\n")
+    assert collected == Collected(Outcome(exit_code=7), b"out\n", b"err\n")
     # 1 is also what crun exits with when it fails.
-    assert await containers.run("false") == Collected(1, b"", b"")
+    assert await containers.run("false") == Collected(Outcome(exit_code=1), b"", b"")
 
 
 async def test_without_a_command_it_is_the_images_entrypoint_and_cmd(
@@ -402,7 +404,7 @@ async def test_no_way_leads_to_the_hosts_sockets(
 
 
 async def test_without_cgroups_there_are_no_containers(rootfs: Path, tmp_path: Path) -> None:
-    async with open_processes(None) as processes:
+    async with open_processes(None, tmp_path / "logs") as processes:
         containers = Containers(ContainerRuntime.open(processes, tmp_path / "run"), rootfs)
         assert "cgroup2" in await containers.refusal("true")
 
@@ -418,7 +420,7 @@ async def test_without_crun_or_a_seccomp_profile_the_cause_is_told(
 
 
 async def test_what_an_earlier_agent_left_is_removed(processes: Processes, tmp_path: Path) -> None:
-    (tmp_path / "run" / "bundles" / "old").mkdir(parents=True)
+    (tmp_path / "run" / "runs" / "old").mkdir(parents=True)
     (tmp_path / "run" / "crun" / "old").mkdir(parents=True)
     ContainerRuntime.open(processes, tmp_path / "run")
     assert left_in(tmp_path / "run") == []

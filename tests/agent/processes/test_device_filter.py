@@ -9,13 +9,14 @@ import pytest
 
 from agent.processes.collect import collect
 from agent.processes.command import Command
+from agent.processes.process import Stdio
 from agent.processes.service import Processes
 
 
 async def printed_by(processes: Processes, script: str, parent: Path) -> str:
     """What a shell script in a cgroup below ``parent`` prints."""
     command = Command.from_request(("sh", "-c", script))
-    async with processes.running(command, parent=parent, takes_stdin=False) as process:
+    async with processes.running(command, Stdio(), parent=parent) as process:
         return (await collect(process)).stdout.decode()
 
 

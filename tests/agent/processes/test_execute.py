@@ -11,6 +11,7 @@ import trio
 from agent.errors import AgentError
 from agent.processes.collect import OUTPUT_LIMIT_BYTES, Collected
 from agent.processes.command import Command
+from agent.processes.outcome import Outcome
 from agent.processes.service import Processes, open_processes
 from protocol.errors import ErrorCode
 from tests.support.lifelines import lifeline
@@ -46,7 +47,9 @@ async def refusal(processes: Processes, *argv: str, workdir: str | None = None) 
 
 
 async def test_the_exit_code_is_the_commands_own(processes: Processes) -> None:
-    assert await sh(processes, "echo out; echo err >&2; exit 7") == Collected(7, b"out\n", b"err\n")
+    assert await sh(processes, "echo out; echo err >&2; exit 7") == Collected(
+        Outcome(exit_code=7), b"out\n", b"err\n"
+    )
     assert (await sh(processes, "exit 0")).exit_code == 0
     assert (await sh(processes, "exit 255")).exit_code == 255
 
@@ -214,7 +217,7 @@ async def test_a_time_limit_ends_the_whole_tree_and_keeps_its_output(
         )
         collected = await sh(processes, script, timeout_s=0.3)
         assert collected.exit_code == 124
-        assert collected.timed_out
+        assert collected.outcome.timed_out
         assert collected.stdout == b"begun\n"
         await line.heard()
         assert not line.is_held()
@@ -257,7 +260,7 @@ async def test_a_background_process_with_the_pipes_does_not_hold_up_the_answer(
         started = trio.current_time()
         collected = await sh(processes, line.script("sleep 1000 & echo out; echo err >&2"))
         assert trio.current_time() - started < 1
-        assert collected == Collected(0, b"out\n", b"err\n")
+        assert collected == Collected(Outcome(exit_code=0), b"out\n", b"err\n")
         await line.heard()
         assert line.is_held()
         assert len(cgroups_of_commands(cgroup_root)) == 1
@@ -308,7 +311,7 @@ async def test_a_failed_start_leaves_no_trace(processes: Processes, cgroup_root:
 
 async def test_without_cgroups_commands_run_and_their_process_group_dies(tmp_path: Path) -> None:
     with lifeline(tmp_path) as line:
-        async with open_processes(None) as processes:
+        async with open_processes(None, tmp_path / "logs") as processes:
             assert (await sh(processes, "echo $0")).stdout == b"sh\n"
             script = line.script("sleep 1000 & sleep 1000")
             assert (await sh(processes, script, timeout_s=0.2)).exit_code == 124

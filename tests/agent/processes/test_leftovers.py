@@ -1,6 +1,8 @@
 """What commands leave behind: it lives on, its pipes are emptied, and shutdown ends it."""
 
+import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import trio
 
 from agent.processes.cgroup import Cgroup, CgroupTree
 from agent.processes.command import Command
-from agent.processes.process import start_process
+from agent.processes.process import Stdio, start_process
 from agent.processes.service import Processes, open_processes
 from tests.support.lifelines import lifeline
 from tests.support.watch import until
@@ -99,35 +101,55 @@ async def test_stopping_nothing_takes_no_time(processes: Processes) -> None:
     assert trio.current_time() - before < 1
 
 
-async def test_an_agent_that_starts_again_looks_after_what_the_last_one_left(
+async def test_an_agent_that_starts_again_keeps_what_outlived_its_request_and_ends_the_rest(
     cgroup_root: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "commands").mkdir()
-    (tmp_path / "containers").mkdir()
     tree = CgroupTree.open(cgroup_root)
+    names = ("kept", "foreground", "container")
+    for name in names:
+        (tmp_path / name).mkdir()
     with (
-        lifeline(tmp_path / "commands") as of_commands,
-        lifeline(tmp_path / "containers") as of_containers,
+        lifeline(tmp_path / "kept") as kept,
+        lifeline(tmp_path / "foreground") as foreground,
+        lifeline(tmp_path / "container") as container,
         trio.fail_after(PATIENCE_S),
     ):
-        for parent, line in ((tree.commands, of_commands), (tree.containers, of_containers)):
-            script = line.script("exec sleep 1000")
-            command = Command.from_request(("sh", "-c", script))
-            orphan = start_process(command, parent=parent, takes_stdin=False)
+        orphans = {}
+        for name, line in zip(names, (kept, foreground, container), strict=True):
+            cgroup = Cgroup.make(tree.containers if name == "container" else tree.commands)
+            os.mkfifo(tmp_path / name / "go")
+            later = "read word <$0; head -c 1000000 /dev/zero; printf . >&9; sleep 1000"
+            command = Command.from_request(
+                ("sh", "-c", line.script(later), f"{tmp_path / name}/go")
+            )
+            orphans[name] = start_process(command, Stdio(), cgroup, nullcontext())
             await line.heard()
-        async with open_processes(cgroup_root) as processes:
-            await of_containers.ended()
-            await orphan.wait()
+        cgroup_of_kept = orphans["kept"].cgroup
+        assert cgroup_of_kept is not None
+        cgroup_of_kept.keep()
+        # The agent that read what they write is gone. Nobody dies of that who writes meanwhile.
+        for orphan in orphans.values():
+            orphan.close_outputs()
+        (tmp_path / "kept" / "go").write_text("go\n")
+        async with open_processes(cgroup_root, tmp_path / "logs") as processes:
+            for name, line in (("foreground", foreground), ("container", container)):
+                await line.ended()
+                await orphans[name].wait()
             await until(lambda: Cgroup.all_in(tree.containers) == [], tree.containers)
-            assert of_commands.is_held()
+            await kept.heard()
+            assert kept.is_held()
+            assert Cgroup.all_in(tree.commands) == [cgroup_of_kept]
             await processes.stop_all(grace_s=1)
-            assert not of_commands.is_held()
+            assert not kept.is_held()
+            await orphans["kept"].wait()
             await until(lambda: Cgroup.all_in(tree.commands) == [], tree.commands)
+        for orphan in orphans.values():
+            orphan.close()
 
 
 async def test_a_cgroup_root_that_is_none_is_done_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with open_processes(tmp_path) as processes:
+    async with open_processes(tmp_path, tmp_path / "logs") as processes:
         assert processes.tree is None
     assert "commands have no cgroups" in caplog.text

@@ -1,0 +1,121 @@
+"""What requests that run a command have in common: how they run, and what is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from enum import Enum, auto
+from functools import partial
+
+import trio
+
+from agent.channel import Channel
+from agent.processes.attach import attach
+from agent.processes.collect import Collected
+from agent.processes.outcome import Outcome
+from agent.processes.process import Process, Stream
+from agent.processes.terminal import Size
+from protocol import requests, responses
+
+_ANSWERS: Mapping[Stream, type[responses.Stdout | responses.Stderr]] = {
+    Stream.STDOUT: responses.Stdout,
+    Stream.STDERR: responses.Stderr,
+}
+
+
+class Mode(Enum):
+    """How a command is run; where a request sets several, the first of these holds."""
+
+    INTERACTIVE = auto()
+    DETACHED = auto()
+    BACKGROUND = auto()
+    PLAIN = auto()
+
+    @classmethod
+    def of(cls, request: requests.VmExec | requests.Run) -> Mode:
+        if request.interactive or request.tty:
+            return cls.INTERACTIVE
+        if isinstance(request, requests.Run) and request.detached:
+            return cls.DETACHED
+        return cls.BACKGROUND if request.background else cls.PLAIN
+
+
+async def converse(
+    request: requests.VmExec | requests.Run,
+    channel: Channel,
+    process: Process,
+    started: Callable[[], Awaitable[None]] | None = None,
+) -> responses.Exited:
+    """Have an interactive session with a process, from ``started`` to its end.
+
+    ``started`` waits until the command itself is about to run, where that is not the process yet;
+    what it raises comes before any answer.
+    """
+    timeout_s = seconds(request.timeout_ms)
+    begun = trio.current_time()
+    if started is not None:
+        with trio.move_on_after(float("inf") if timeout_s is None else timeout_s):
+            await started()
+    if timeout_s is not None:
+        timeout_s = max(0.0, timeout_s - (trio.current_time() - begun))
+    await channel.send(responses.Started())
+    outcome = await attach(
+        process,
+        partial(_send, channel),
+        partial(_receive, channel),
+        stdin_data=request.stdin_data,
+        timeout_s=timeout_s,
+    )
+    return exited(outcome)
+
+
+async def _send(channel: Channel, stream: Stream, data: bytes) -> None:
+    await channel.send(_ANSWERS[stream](data))
+
+
+async def _receive(channel: Channel) -> bytes | Size | None:
+    message: requests.Stdin | requests.Resize | None
+    message = await channel.follow_up(requests.Stdin, requests.Resize)
+    if isinstance(message, requests.Resize):
+        return Size(message.cols, message.rows)
+    return None if message is None else message.data
+
+
+def seconds(timeout_ms: int | None) -> float | None:
+    """A time limit as trio takes it; None is none."""
+    return None if timeout_ms is None else timeout_ms / 1000
+
+
+def completed(collected: Collected) -> responses.Completed:
+    """The answer to a plain run."""
+    outcome = collected.outcome
+    return responses.Completed(
+        exit_code=outcome.exit_code,
+        stdout=collected.stdout,
+        stderr=collected.stderr,
+        stdout_truncated=collected.stdout_truncated,
+        stderr_truncated=collected.stderr_truncated,
+        oom=outcome.oom or None,
+        signal=outcome.signal,
+        timed_out=outcome.timed_out,
+        duration_ms=outcome.duration_ms,
+        cpu_us=outcome.cpu_us,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+    )
+
+
+def exited(outcome: Outcome) -> responses.Exited:
+    """The end of an interactive run."""
+    return responses.Exited(
+        exit_code=outcome.exit_code,
+        oom=outcome.oom or None,
+        signal=outcome.signal,
+        timed_out=outcome.timed_out,
+        duration_ms=outcome.duration_ms,
+        cpu_us=outcome.cpu_us,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+    )
+
+
+def running_as(name: str | int) -> responses.Completed:
+    """The answer to what goes on without its request: its pid, or its container's id."""
+    return responses.Completed(exit_code=0, stdout=str(name).encode("ascii"), stderr=b"")

@@ -1,0 +1,58 @@
+"""Reading a process's output to its end, and how long that may take after the process's own."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+import trio
+
+from agent.processes.pipes import PIPE_BYTES, OutputPipe
+
+# How long output may still come after the command's end, from what it left running. Hosts are
+# promised 100 ms in all.
+_PATIENCE_S = 0.08
+
+
+@attrs.define(eq=False)
+class Drain:
+    """Reads the pipes of one process, each for a task of its own.
+
+    The process's end decides. What lay in a pipe then is read, however late and whoever is slow
+    to take it; what others write who still have the pipe is waited for a moment only.
+    """
+
+    _ends_at: float = math.inf
+    _since_end_bytes: dict[OutputPipe, int] = attrs.field(factory=dict)
+    _waiting: set[trio.CancelScope] = attrs.field(factory=set)
+
+    def begin(self) -> None:
+        """The process has ended."""
+        self._ends_at = trio.current_time() + _PATIENCE_S
+        for scope in self._waiting:
+            scope.deadline = self._ends_at
+
+    async def receive(self, pipe: OutputPipe) -> bytes:
+        """The next bytes, at most 64 KiB; none when that was all."""
+        while True:
+            # Not more than fits into a pipe can have lain in it.
+            if self._is_over() and self._since_end_bytes.get(pipe, 0) >= pipe.capacity_bytes:
+                return b""
+            data = pipe.read(PIPE_BYTES)
+            if data is not None:
+                if self._ends_at < math.inf:
+                    seen_bytes = self._since_end_bytes.get(pipe, 0)
+                    self._since_end_bytes[pipe] = seen_bytes + len(data)
+                await trio.lowlevel.checkpoint()
+                return data
+            if self._is_over():
+                return b""
+            with trio.CancelScope(deadline=self._ends_at) as scope:
+                self._waiting.add(scope)
+                try:
+                    await pipe.readable()
+                finally:
+                    self._waiting.discard(scope)
+
+    def _is_over(self) -> bool:
+        return trio.current_time() >= self._ends_at

@@ -1,0 +1,78 @@
+"""Directories of the host, or of the VM, that a request wants in a container."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path, PurePosixPath
+
+import attrs
+
+from agent.errors import AgentError, cause_of
+from agent.linux.mount import mount
+from agent.processes.command import Bind
+from protocol.errors import ErrorCode
+from protocol.values import Mount
+
+VIRTIOFS = Path("/mnt/virtiofs")
+
+
+@attrs.frozen
+class Shares:
+    """virtiofs shares, each mounted once in the VM, at ``directory``/tag."""
+
+    directory: Path = VIRTIOFS
+    _turn: threading.Lock = attrs.field(factory=threading.Lock, eq=False)
+
+    def bind(self, wanted: Mount) -> Bind:
+        """What is to be bound into a container; the share is mounted where it is not yet. Blocks.
+
+        A tag that is an absolute path names a directory of the VM.
+
+        Raises:
+            AgentError: MOUNT_FAILED: no such share or directory, or a path that cannot be one.
+        """
+        destination = _destination(wanted)
+        try:
+            source = Path(wanted.tag) if wanted.tag.startswith("/") else self._mounted(wanted.tag)
+            if not source.is_dir():
+                raise OSError(*_error(errno.ENOTDIR if source.exists() else errno.ENOENT))
+        except OSError as error:
+            raise _failed(wanted, cause_of(error)) from error
+        except ValueError as error:
+            raise _failed(wanted, str(error)) from error
+        return Bind(str(source), destination, wanted.read_only)
+
+    def _mounted(self, tag: str) -> Path:
+        if not tag or "/" in tag or "\0" in tag or tag in (".", ".."):
+            raise ValueError("expected a virtiofs tag or an absolute path")
+        where = self.directory / tag
+        with self._turn:
+            if not where.is_mount():
+                where.mkdir(parents=True, exist_ok=True)
+                try:
+                    mount(tag, where, fstype="virtiofs")
+                except OSError as error:
+                    where.rmdir()
+                    if error.errno == errno.EINVAL:
+                        raise ValueError("the VM has no virtiofs share of that tag") from error
+                    raise
+        return where
+
+
+def _destination(wanted: Mount) -> str:
+    path = PurePosixPath(wanted.path)
+    if not path.is_absolute() or ".." in path.parts or "\0" in wanted.path or len(path.parts) < 2:
+        raise _failed(wanted, "expected an absolute path in the container, without ..")
+    return f"/{'/'.join(path.parts[1:])}"
+
+
+def _error(number: int) -> tuple[int, str]:
+    return number, os.strerror(number)
+
+
+def _failed(wanted: Mount, cause: str) -> AgentError:
+    return AgentError(
+        ErrorCode.MOUNT_FAILED, f"mount {wanted.tag[:200]!r} at {wanted.path[:200]!r}: {cause}"
+    )

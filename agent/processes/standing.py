@@ -1,0 +1,389 @@
+"""Containers that stay: one for each persistent overlay, which its commands share.
+
+    containers/<id>/config.json …   its bundle, named as crun knows it
+                    container.json  what is known of it besides: `_Record`
+
+Its first process is the agent's own init, which outlives the commands, or a detached command. It
+has a cgroup, and each command that joins it one of its own beside it, so that a command's end or
+time limit is its own alone. All of it outlives the agent: the next one takes it over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import attrs
+import orjson
+import trio
+
+from agent.errors import AgentError, cause_of, failing_as
+from agent.processes.binding import bind_into
+from agent.processes.bundle import INIT_PATH
+from agent.processes.cgroup import Cgroup
+from agent.processes.command import Bind, ContainerCommand
+from agent.processes.container import ContainerRuntime
+from protocol.errors import ErrorCode
+
+log = logging.getLogger(__name__)
+
+# Debian's catatonit, linked statically: it reaps and waits, without a child of its own.
+INIT = "/usr/bin/catatonit"
+
+_RECORD = "container.json"
+_DEATH_S = 2
+_FIRST = "first"
+
+
+@attrs.define(eq=False)
+class StandingContainer:
+    """One that runs, as far as its ``ended`` is not set."""
+
+    workload: str
+    pid: int
+    """Of its first process, as the VM sees it."""
+    has_own_init: bool
+    """Whether its first process is the agent's, and not a workload's."""
+    directory: Path
+    cgroup: Cgroup
+    binds: dict[str, Bind]
+    """What was mounted into it at requests' wishes, by where it is."""
+    _pidfd: int
+    commands: int = 0
+    """That are running in the foreground, or about to."""
+    ended: trio.Event = attrs.field(factory=trio.Event)
+
+    @property
+    def id(self) -> str:
+        return self.directory.name
+
+    def is_idle(self) -> bool:
+        """Whether it holds nothing but the agent's own init."""
+        if not self.has_own_init or self.commands:
+            return False
+        return all(
+            cgroup.pids() == [self.pid] if cgroup.path.name == _FIRST else not cgroup.is_populated()
+            for cgroup in Cgroup.all_in(self.cgroup.path)
+        )
+
+    async def wait(self) -> None:
+        """Return when its first process has ended, and the kernel has ended all others with it."""
+        await trio.lowlevel.wait_readable(self._pidfd)
+
+    def close(self) -> None:
+        os.close(self._pidfd)
+
+
+@attrs.define(eq=False)
+class StandingContainers:
+    """Starts, joins and replaces them. Made by ``open``."""
+
+    _runtime: ContainerRuntime
+    _init: str
+    _by_workload: dict[str, list[StandingContainer]] = attrs.field(factory=dict)
+    _turns: dict[str, trio.Lock] = attrs.field(factory=dict)
+
+    @classmethod
+    def open(cls, runtime: ContainerRuntime, *, init: str = INIT) -> StandingContainers:
+        """The service; containers of an earlier agent are taken over, what is left of others goes.
+
+        Blocks shortly. Raises OSError.
+        """
+        if not Path(init).is_file():
+            log.warning("there is no %s: containers cannot outlive their commands", init)
+        containers = cls(runtime=runtime, init=init)
+        tree = runtime.processes.tree
+        if tree is None:
+            return containers
+        known = set()
+        for directory in sorted(runtime.directory.iterdir(), key=lambda path: path.stat().st_ctime):
+            container = _taken_over(directory, runtime)
+            if container is None:
+                runtime.forget(directory)
+                continue
+            known.add(container.id)
+            for cgroup in Cgroup.all_in(container.cgroup.path):
+                runtime.processes.adopt_command(cgroup)
+            containers._add(container)
+        for parent in (tree.containers, tree.privileged):
+            for cgroup in Cgroup.all_in(parent):
+                if cgroup.is_kept() and cgroup.path.name not in known:
+                    cgroup.kill()
+                    runtime.processes.lifetime.start_soon(_remove, cgroup)
+        return containers
+
+    @asynccontextmanager
+    async def joined(
+        self,
+        workload: str,
+        command: ContainerCommand,
+        rootfs: Callable[[], Awaitable[Path]],
+    ) -> AsyncIterator[StandingContainer]:
+        """The newest container of a workload, for a command to join while the block lasts.
+
+        Where none runs one is started, on what ``rootfs`` mounts; callers at once share it. What
+        ``command`` has mounted is there, too.
+
+        Raises:
+            AgentError: RUN_FAILED or MOUNT_FAILED; what ``rootfs`` raises.
+        """
+        async with self._turn(workload):
+            container = await self._found_or_started(workload, command, rootfs)
+            container.commands += 1
+        try:
+            yield container
+        finally:
+            container.commands -= 1
+
+    async def _found_or_started(
+        self,
+        workload: str,
+        command: ContainerCommand,
+        rootfs: Callable[[], Awaitable[Path]],
+    ) -> StandingContainer:
+        running = self._newest(workload)
+        if running is not None:
+            await self._bind(running, command)
+            return running
+        return await self._start_idle(workload, command, await rootfs())
+
+    async def start_detached(
+        self,
+        workload: str,
+        command: ContainerCommand,
+        rootfs: Callable[[], Awaitable[Path]],
+    ) -> str:
+        """Start a container whose first process is ``command``; its id.
+
+        One that holds nothing but the agent's own init is replaced; beside any other it is a
+        second one on the same overlay, and the one that is joined from now on.
+
+        Raises:
+            AgentError: as ``joined``.
+        """
+        async with self._turn(workload):
+            where = await rootfs()
+            newest = self._newest(workload)
+            if newest is not None and newest.is_idle():
+                await self._end(newest)
+            container = await self._start(workload, command, where, is_ours=False)
+        return container.id
+
+    @asynccontextmanager
+    async def released(self, workload: str) -> AsyncIterator[None]:
+        """Keep everybody else from a workload, with its idle containers ended, for the block."""
+        async with self._turn(workload):
+            for container in list(self._by_workload.get(workload, ())):
+                if container.is_idle():
+                    await self._end(container)
+            yield
+
+    async def end_idle(self) -> None:
+        """End all containers that hold nothing but the agent's own init."""
+        async with trio.open_nursery() as nursery:
+            for containers in self._by_workload.values():
+                for container in containers:
+                    if container.is_idle():
+                        nursery.start_soon(self._end, container)
+
+    def of(self, workload: str) -> list[StandingContainer]:
+        """Those of a workload that run, the newest last."""
+        return [each for each in self._by_workload.get(workload, ()) if not each.ended.is_set()]
+
+    def _newest(self, workload: str) -> StandingContainer | None:
+        running = self.of(workload)
+        # Its end may not have been seen to yet.
+        return running[-1] if running and not _has_ended(running[-1].pid) else None
+
+    async def _start_idle(
+        self, workload: str, command: ContainerCommand, rootfs: Path
+    ) -> StandingContainer:
+        idle = attrs.evolve(
+            command,
+            argv=(INIT_PATH, "-P"),
+            environment={},
+            directory="/",
+            user="0:0",
+            binds=(*command.binds, Bind(self._init, INIT_PATH, read_only=True)),
+        )
+        return await self._start(workload, idle, rootfs, is_ours=True)
+
+    async def _start(
+        self, workload: str, command: ContainerCommand, rootfs: Path, *, is_ours: bool
+    ) -> StandingContainer:
+        # A host that hangs up meanwhile leaves a container, or none, but not half of one.
+        with trio.CancelScope(shield=True):
+            container = await self._make(workload, command, rootfs, is_ours=is_ours)
+        self._add(container)
+        log.info("container %s runs for %s", container.id, workload)
+        return container
+
+    async def _make(
+        self, workload: str, command: ContainerCommand, rootfs: Path, *, is_ours: bool
+    ) -> StandingContainer:
+        parent = self._runtime.cgroups(privileged=command.privileged)
+        directory = self._runtime.directory / secrets.token_hex(16)
+        with failing_as(ErrorCode.RUN_FAILED, "make a container's cgroup"):
+            cgroup = Cgroup.make(parent, directory.name)
+        try:
+            with failing_as(ErrorCode.RUN_FAILED, "limit a container's cgroup"):
+                limits = self._runtime.processes.limits
+                limits.limit_command(cgroup.path)
+                limits.open_container(cgroup.path)
+            pid = await self._runtime.start(
+                command, rootfs, directory, cgroup.path, logged=not is_ours
+            )
+            binds = {bind.destination: bind for bind in command.binds}
+            record = _Record(workload, pid, _start_ticks(pid), is_ours, command.privileged, binds)
+            with failing_as(ErrorCode.RUN_FAILED, f"keep the container {directory.name}"):
+                record.write(directory)
+                cgroup.keep()
+                return record.container(directory, cgroup)
+        except BaseException:
+            cgroup.kill()
+            await cgroup.removed()
+            await self._runtime.in_thread(self._runtime.forget, directory)
+            raise
+
+    async def _bind(self, container: StandingContainer, command: ContainerCommand) -> None:
+        """Mount what ``command`` wants and the container lacks, or raise MOUNT_FAILED."""
+        for bind in command.binds:
+            there = container.binds.get(bind.destination)
+            if there == bind:
+                continue
+            if there is not None and bind.gives_way:
+                continue
+            if there is not None and not there.gives_way:
+                raise AgentError(
+                    ErrorCode.MOUNT_FAILED,
+                    f"mount {bind.source} at {bind.destination}: the running container has "
+                    f"{there.source} there ({'read-only' if there.read_only else 'read-write'})",
+                )
+            await self._runtime.in_thread(bind_into, container.pid, bind)
+            container.binds[bind.destination] = bind
+            await self._runtime.in_thread(_Record.of(container).write, container.directory)
+
+    def _add(self, container: StandingContainer) -> None:
+        self._by_workload.setdefault(container.workload, []).append(container)
+        self._runtime.processes.lifetime.start_soon(self._see_off, container)
+
+    async def _end(self, container: StandingContainer) -> None:
+        container.cgroup.kill()
+        with trio.move_on_after(_DEATH_S):
+            await container.ended.wait()
+
+    async def _see_off(self, container: StandingContainer) -> None:
+        """Clean up after a container that has ended."""
+        try:
+            await container.wait()
+            container.cgroup.kill()
+            await _remove(container.cgroup)
+            await self._runtime.in_thread(self._runtime.forget, container.directory)
+            siblings = self._by_workload[container.workload]
+            siblings.remove(container)
+            if not siblings:
+                del self._by_workload[container.workload]
+            container.ended.set()
+            log.info("container %s has ended", container.id)
+        finally:
+            container.close()
+
+    @asynccontextmanager
+    async def _turn(self, workload: str) -> AsyncIterator[None]:
+        turn = self._turns.setdefault(workload, trio.Lock())
+        try:
+            async with turn:
+                yield
+        finally:
+            statistics = turn.statistics()
+            if not statistics.locked and not statistics.tasks_waiting:
+                self._turns.pop(workload, None)
+
+
+@attrs.frozen
+class _Record:
+    """What the next agent has to know of a container; ``ticks`` tell its pid from a later one."""
+
+    workload: str
+    pid: int
+    ticks: int
+    is_ours: bool
+    privileged: bool
+    binds: Mapping[str, Bind]
+
+    @classmethod
+    def of(cls, container: StandingContainer) -> _Record:
+        privileged = container.cgroup.path.parent.name == "privileged"
+        return cls(
+            container.workload,
+            container.pid,
+            _start_ticks(container.pid),
+            container.has_own_init,
+            privileged,
+            container.binds,
+        )
+
+    def write(self, directory: Path) -> None:
+        """Keep it beside the bundle, whole or not at all. Blocks; raises OSError."""
+        new = directory / f"{_RECORD}.new"
+        new.write_bytes(orjson.dumps(attrs.asdict(self)))
+        new.replace(directory / _RECORD)
+
+    @classmethod
+    def read(cls, directory: Path) -> _Record:
+        """Raises OSError, ValueError, TypeError or KeyError: there is none that is whole."""
+        document = orjson.loads((directory / _RECORD).read_bytes())
+        binds = {path: Bind(**bind) for path, bind in document.pop("binds").items()}
+        return cls(**document, binds=binds)
+
+    def container(self, directory: Path, cgroup: Cgroup) -> StandingContainer:
+        """Raises OSError: it has ended."""
+        pidfd = os.pidfd_open(self.pid)
+        return StandingContainer(
+            workload=self.workload,
+            pid=self.pid,
+            has_own_init=self.is_ours,
+            directory=directory,
+            cgroup=cgroup,
+            binds=dict(self.binds),
+            pidfd=pidfd,
+        )
+
+
+def _taken_over(directory: Path, runtime: ContainerRuntime) -> StandingContainer | None:
+    """The container of an earlier agent that a directory is of, if it still runs."""
+    try:
+        record = _Record.read(directory)
+        parent = runtime.cgroups(privileged=record.privileged)
+        container = record.container(directory, Cgroup(parent / directory.name))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if _start_ticks(record.pid) != record.ticks:
+        container.close()
+        return None
+    return container
+
+
+def _start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks after boot (proc_pid_stat(5)); -1 if it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return -1
+    state, *fields = stat.rpartition(")")[2].split()
+    return -1 if state in "ZX" else int(fields[18])
+
+
+def _has_ended(pid: int) -> bool:
+    return _start_ticks(pid) < 0
+
+
+async def _remove(cgroup: Cgroup) -> None:
+    try:
+        await cgroup.removed()
+    except OSError as error:
+        log.error("remove %s: %s", cgroup.path, cause_of(error))
