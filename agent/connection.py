@@ -7,7 +7,7 @@ import socket
 import trio
 
 from protocol.constants import VSOCK_SEND_SIZE
-from protocol.framing import FrameDecoder, frame_pieces
+from protocol.framing import FrameDecoder, frame_header, frame_pieces
 
 # Below malloc's threshold for mapping fresh pages: a larger buffer would cost every ping two
 # system calls and its page faults.
@@ -69,15 +69,33 @@ class Connection:
             FrameTooLarge: the payload is above MAX_FRAME_SIZE; nothing was sent.
             PeerGone: the connection broke.
         """
-        for piece in frame_pieces(payload, self._piece_bytes):
-            left = memoryview(piece)
-            while left:
-                try:
-                    left = left[self.socket.send(left) :]
-                except BlockingIOError:
-                    await trio.lowlevel.wait_writable(self.socket)
-                except OSError as error:
-                    raise PeerGone(str(error)) from error
+        if self._piece_bytes is not None:
+            for piece in frame_pieces(payload, self._piece_bytes):
+                await self._send_all(piece)
+            return
+        # In one system call, and without a copy.
+        header = frame_header(payload)
+        try:
+            sent = self.socket.sendmsg((header, payload))
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise PeerGone(str(error)) from error
+        if sent < len(header):
+            await self._send_all(header[sent:])
+            sent = len(header)
+        if sent < len(header) + len(payload):
+            await self._send_all(memoryview(payload)[sent - len(header) :])
+
+    async def _send_all(self, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self.socket.send(left) :]
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self.socket)
+            except OSError as error:
+                raise PeerGone(str(error)) from error
 
     async def _fill(self) -> bool:
         """Take what arrives next into the decoder; False at the end of the stream."""

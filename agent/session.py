@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 FAREWELL_S = 1.0
 FAREWELL_BYTES = 64 * 1024 * 1024
 
+# What ends well and soon is not worth a line: a serial console takes longer for it than most
+# requests take.
+SLOW_S = 1.0
+
 DROPPED: frozenset[type] = frozenset({requests.Stdin, requests.Resize})
 """Follow-ups that get no answer, and so are dropped where no session takes them."""
 
@@ -130,12 +134,12 @@ async def _handle(request: AgentRequest, channel: Channel, gate: Gate[Services])
                 f"{method}: internal error; the agent's log on the VM's console tells the cause",
             )
         answer = responses.Error(message=refusal.message, code=refusal.code.value)
-    log.info(
-        "%s: %s after %.1f ms",
-        method,
-        f"{answer.code}: {answer.message}" if isinstance(answer, responses.Error) else "done",
-        (time.monotonic() - begun) * 1000,
-    )
+    took_s = time.monotonic() - begun
+    if isinstance(answer, responses.Error):
+        log.info("%s: %s: %s after %.1f ms", method, answer.code, answer.message, took_s * 1000)
+    else:
+        level = logging.INFO if took_s >= SLOW_S else logging.DEBUG
+        log.log(level, "%s: done after %.1f ms", method, took_s * 1000)
     return answer
 
 

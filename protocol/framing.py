@@ -11,7 +11,15 @@ _FIRST_PIECE_SIZE = 64 * 1024
 
 def encode_frame(payload: bytes) -> bytes:
     """The payload with its length before it; raises FrameTooLarge above MAX_FRAME_SIZE."""
-    return _header(payload) + payload
+    return frame_header(payload) + payload
+
+
+def frame_header(payload: bytes) -> bytes:
+    """What goes before the payload; raises FrameTooLarge above MAX_FRAME_SIZE."""
+    size = len(payload)
+    if size > MAX_FRAME_SIZE:
+        raise _too_large(size)
+    return size.to_bytes(_HEADER_SIZE, "big")
 
 
 def frame_pieces(payload: bytes, piece_size: int | None = None) -> list[bytes | memoryview]:
@@ -22,16 +30,9 @@ def frame_pieces(payload: bytes, piece_size: int | None = None) -> list[bytes | 
     """
     view = memoryview(payload)
     start = (piece_size or _FIRST_PIECE_SIZE) - _HEADER_SIZE
-    first = _header(payload) + view[:start]
+    first = frame_header(payload) + view[:start]
     step = piece_size or MAX_FRAME_SIZE
     return [first, *(view[at : at + step] for at in range(start, len(view), step))]
-
-
-def _header(payload: bytes) -> bytes:
-    size = len(payload)
-    if size > MAX_FRAME_SIZE:
-        raise _too_large(size)
-    return size.to_bytes(_HEADER_SIZE, "big")
 
 
 class FrameDecoder:

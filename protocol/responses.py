@@ -56,7 +56,7 @@ class Completed:
     oom: bool | None = attrs.field(default=None, metadata=OMITTED)
     signal: I32 | None = attrs.field(default=None, metadata=OMITTED)
     timed_out: bool = attrs.field(default=False, metadata=OMITTED)
-    # Measured, so that no two runs are alike in them: answers that differ in nothing else are equal.
+    # Measured, and so never the same twice: answers that differ in nothing else are equal.
     duration_ms: U64 | None = attrs.field(default=None, metadata=OMITTED, eq=False)
     cpu_us: U64 | None = attrs.field(default=None, metadata=OMITTED, eq=False)
     peak_memory_bytes: U64 | None = attrs.field(default=None, metadata=OMITTED, eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import secrets
 import shutil
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -188,7 +187,7 @@ class ContainerRuntime:
         def prepare(directory: Path) -> Invocation:
             return self._write_config(directory, command, rootfs, terminal=terminal)
 
-        async with self._invocation(prepare) as invocation:
+        async with self._invocation(prepare, is_bundle=True) as invocation:
             argv = self._argv(invocation, "run", f"--bundle={invocation.directory}")
             async with self._started(
                 (*argv, invocation.directory.name), parent, takes_stdin, terminal
@@ -223,7 +222,7 @@ class ContainerRuntime:
         def prepare(directory: Path) -> Invocation:
             return self._write_process(directory, command, first_pid, terminal=terminal)
 
-        async with self._invocation(prepare) as invocation:
+        async with self._invocation(prepare, is_bundle=False) as invocation:
             argv = self._exec(invocation, container_id)
             async with self._started(argv, parent, takes_stdin, terminal) as process:
                 yield Running(process, invocation, command, ())
@@ -250,7 +249,7 @@ class ContainerRuntime:
         def prepare(directory: Path) -> Invocation:
             return self._write_process(directory, command, first_pid, terminal=False)
 
-        async with self._invocation(prepare) as invocation:
+        async with self._invocation(prepare, is_bundle=False) as invocation:
             argv = self._exec(invocation, container_id, "--detach")
             return await self.processes.start_background(
                 Command(argv=argv, environment=BASE_ENVIRONMENT),
@@ -336,17 +335,26 @@ class ContainerRuntime:
                 yield process
 
     @asynccontextmanager
-    async def _invocation(self, prepare: Callable[[Path], Invocation]) -> AsyncIterator[Invocation]:
-        directory = self._invocations / secrets.token_hex(8)
+    async def _invocation(
+        self, prepare: Callable[[Path], Invocation], *, is_bundle: bool
+    ) -> AsyncIterator[Invocation]:
+        directory = self._invocations / os.urandom(8).hex()
         try:
             invocation = await self.in_thread(prepare, directory)
-            try:
-                yield invocation
-            finally:
-                invocation.close()
-        finally:
+        except BaseException:
             with trio.CancelScope(shield=True):
                 await self.in_thread(self.forget, directory)
+            raise
+        try:
+            yield invocation
+        finally:
+            invocation.close()
+            with trio.CancelScope(shield=True):
+                if is_bundle:
+                    await self.in_thread(self.forget, directory)
+                else:
+                    # A few names in a directory of ours: the way to a thread takes longer.
+                    invocation.remove()
 
     def _write_config(
         self, directory: Path, command: ContainerCommand, rootfs: Path, *, terminal: bool

@@ -24,6 +24,7 @@ from agent.processes.process import Process
 from agent.processes.terminal import DEFAULT_SIZE, Terminal, set_size
 
 _PID_BYTES = 32
+_NAMES = ("process.json", "pid", "log", "console")
 
 
 @attrs.define(eq=False)
@@ -116,9 +117,14 @@ class Invocation:
             self._console.close()
 
     def remove(self) -> None:
-        """Close it and remove its directory. Blocks."""
-        self.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove the directory of what joined a container: what is told above, and little else."""
+        for name in _NAMES:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self.directory}/{name}")  # noqa: PTH108 for every command
+        try:
+            self.directory.rmdir()
+        except OSError:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _listening(directory: Path) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import attrs
 import trio
@@ -23,7 +24,7 @@ class Drain:
     """
 
     _ends_at: float = math.inf
-    _since_end_bytes: dict[OutputPipe, int] = attrs.field(factory=dict)
+    _since_end_bytes: Counter[OutputPipe] = attrs.field(factory=Counter)
     _waiting: set[trio.CancelScope] = attrs.field(factory=set)
 
     def begin(self) -> None:
@@ -35,14 +36,14 @@ class Drain:
     async def receive(self, pipe: OutputPipe) -> bytes:
         """The next bytes, at most 64 KiB; none when that was all."""
         while True:
-            # Not more than fits into a pipe can have lain in it.
-            if self._is_over() and self._since_end_bytes.get(pipe, 0) >= pipe.capacity_bytes:
+            # While the process lives this is all that is done for most of its output.
+            has_ended = self._ends_at < math.inf
+            if has_ended and self._is_exhausted(pipe):
                 return b""
             data = pipe.read(PIPE_BYTES)
             if data is not None:
-                if self._ends_at < math.inf:
-                    seen_bytes = self._since_end_bytes.get(pipe, 0)
-                    self._since_end_bytes[pipe] = seen_bytes + len(data)
+                if has_ended:
+                    self._since_end_bytes[pipe] += len(data)
                 await trio.lowlevel.checkpoint()
                 return data
             if self._is_over():
@@ -53,6 +54,10 @@ class Drain:
                     await pipe.readable()
                 finally:
                     self._waiting.discard(scope)
+
+    def _is_exhausted(self, pipe: OutputPipe) -> bool:
+        # Not more than fits into a pipe can have lain in it.
+        return self._is_over() and self._since_end_bytes[pipe] >= pipe.capacity_bytes
 
     def _is_over(self) -> bool:
         return trio.current_time() >= self._ends_at

@@ -38,27 +38,34 @@ def find_executable(command: Command) -> str:
         AgentError: SPAWN_FAILED, for a directory that is not there and for nothing to execute.
     """
     name = command.argv[0]
-    where = Path(command.directory)
-    if not where.is_dir():
-        problem = "is not a directory" if where.exists() else "does not exist"
-        raise AgentError(
-            ErrorCode.SPAWN_FAILED, f"start {name}: the workdir {command.directory} {problem}"
-        )
+    where = command.directory
+    if where != "/" and not Path(where).is_dir():
+        what = "is not a directory" if Path(where).exists() else "does not exist"
+        raise AgentError(ErrorCode.SPAWN_FAILED, f"start {name}: the workdir {where} {what}")
     path = command.environment.get("PATH", DEFAULT_PATH)
     if "/" in name:
         candidates = [name]
     else:
         candidates = [f"{directory or '.'}/{name}" for directory in path.split(":") if name]
-    refusal = None
     for candidate in candidates:
-        problem_here = _problem(where / candidate)
-        if problem_here is None:
+        # Every command comes through here: in strings, this takes a third of the time.
+        if _is_executable(candidate if candidate[0] == "/" else f"{where}/{candidate}"):
             return candidate
-        if problem_here != os.strerror(errno.ENOENT):
-            refusal = refusal or f"{candidate}: {problem_here}"
-    if refusal is None:
-        refusal = "not found" if "/" in name else f"not found on the PATH {path}"
-    raise AgentError(ErrorCode.SPAWN_FAILED, f"start {name}: {refusal}")
+    refusals = (
+        f"{candidate}: {problem}"
+        for candidate in candidates
+        if (problem := _problem(Path(where, candidate))) not in (None, os.strerror(errno.ENOENT))
+    )
+    missing = "not found" if "/" in name else f"not found on the PATH {path}"
+    raise AgentError(ErrorCode.SPAWN_FAILED, f"start {name}: {next(refusals, missing)}")
+
+
+def _is_executable(file: str) -> bool:
+    try:
+        mode = os.stat(file).st_mode if os.access(file, os.X_OK) else 0  # noqa: PTH116
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(mode)
 
 
 def _problem(file: Path) -> str | None:

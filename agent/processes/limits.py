@@ -28,7 +28,9 @@ _RESERVE_SHARE = 16
 _AGENT_BYTES = 64 * _MIB
 
 _CONTROLLERS = ("cpu", "memory", "pids")
-_MOST_CPU_WEIGHT = 10_000
+# Ten times that of all workloads. With 10,000 the agent answers no sooner, and a pull of it leaves
+# the others a hundredth of the processor: docs/decisions/0008-one-limit-for-all-workloads.md.
+_AGENT_CPU_WEIGHT = 1000
 # No limit, in the kernel's words and in ours.
 _MAX: Final = "max"
 
@@ -139,7 +141,7 @@ class Limits:
         """
         try:
             _write_if_there(cgroup / "memory.min", str(self.agent_memory_bytes))
-            _write_if_there(cgroup / "cpu.weight", str(_MOST_CPU_WEIGHT))
+            _write_if_there(cgroup / "cpu.weight", str(_AGENT_CPU_WEIGHT))
         except OSError as error:
             log.warning("the agent is not protected from workloads: %s", cause_of(error))
 

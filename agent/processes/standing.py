@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 # Debian's catatonit, linked statically: it reaps and waits, without a child of its own.
 INIT = "/usr/bin/catatonit"
 
+# linux/sched.h: among the flags of /proc/<pid>/stat.
+_PF_EXITING = 0x4
+
 _RECORD = "container.json"
 _DEATH_S = 2
 _FIRST = "first"
@@ -46,6 +49,8 @@ class StandingContainer:
     workload: str
     pid: int
     """Of its first process, as the VM sees it."""
+    ticks: int
+    """When that started, which tells it from a later one of that number."""
     has_own_init: bool
     """Whether its first process is the agent's, and not a workload's."""
     directory: Path
@@ -61,14 +66,24 @@ class StandingContainer:
     def id(self) -> str:
         return self.directory.name
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its first process has ended, or is about to: then it cannot be joined."""
+        return self.ticks < 0 or _start_ticks(self.pid) != self.ticks
+
     def is_idle(self) -> bool:
         """Whether it holds nothing but the agent's own init."""
         if not self.has_own_init or self.commands:
             return False
-        return all(
-            cgroup.pids() == [self.pid] if cgroup.path.name == _FIRST else not cgroup.is_populated()
-            for cgroup in Cgroup.all_in(self.cgroup.path)
-        )
+        try:
+            return all(
+                cgroup.pids() == [self.pid]
+                if cgroup.path.name == _FIRST
+                else not cgroup.is_populated()
+                for cgroup in Cgroup.all_in(self.cgroup.path)
+            )
+        except FileNotFoundError:  # it has ended, and its cgroup went with it
+            return False
 
     async def wait(self) -> None:
         """Return when its first process has ended, and the kernel has ended all others with it."""
@@ -177,8 +192,8 @@ class StandingContainers:
     async def released(self, workload: str) -> AsyncIterator[None]:
         """Keep everybody else from a workload, with its idle containers ended, for the block."""
         async with self._turn(workload):
-            for container in list(self._by_workload.get(workload, ())):
-                if container.is_idle():
+            for container in self.of(workload):
+                if container.has_ended or container.is_idle():
                     await self._end(container)
             yield
 
@@ -191,13 +206,11 @@ class StandingContainers:
                         nursery.start_soon(self._end, container)
 
     def of(self, workload: str) -> list[StandingContainer]:
-        """Those of a workload that run, the newest last."""
-        return [each for each in self._by_workload.get(workload, ()) if not each.ended.is_set()]
+        """Those of a workload that run, the newest last; the end of one may not be seen to yet."""
+        return list(self._by_workload.get(workload, ()))
 
     def _newest(self, workload: str) -> StandingContainer | None:
-        running = self.of(workload)
-        # Its end may not have been seen to yet.
-        return running[-1] if running and not _has_ended(running[-1].pid) else None
+        return next((each for each in reversed(self.of(workload)) if not each.has_ended), None)
 
     async def _start_idle(
         self, workload: str, command: ContainerCommand, rootfs: Path
@@ -321,7 +334,7 @@ class _Record:
         return cls(
             container.workload,
             container.pid,
-            _start_ticks(container.pid),
+            container.ticks,
             container.has_own_init,
             privileged,
             container.binds,
@@ -341,11 +354,15 @@ class _Record:
         return cls(**document, binds=binds)
 
     def container(self, directory: Path, cgroup: Cgroup) -> StandingContainer:
-        """Raises OSError: it has ended."""
-        pidfd = os.pidfd_open(self.pid)
+        """One that may have ended, too: that is seen to as any other end. Raises OSError."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            pidfd = os.eventfd(1)  # as readable as the other would be
         return StandingContainer(
             workload=self.workload,
             pid=self.pid,
+            ticks=self.ticks,
             has_own_init=self.is_ours,
             directory=directory,
             cgroup=cgroup,
@@ -369,17 +386,14 @@ def _taken_over(directory: Path, runtime: ContainerRuntime) -> StandingContainer
 
 
 def _start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks after boot (proc_pid_stat(5)); -1 if it has ended."""
+    """When a process started, in clock ticks after boot (proc_pid_stat(5)); -1 if it has ended, or
+    is about to: the first of a container first sees all others to their end."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return -1
     state, *fields = stat.rpartition(")")[2].split()
-    return -1 if state in "ZX" else int(fields[18])
-
-
-def _has_ended(pid: int) -> bool:
-    return _start_ticks(pid) < 0
+    return -1 if state in "ZX" or int(fields[5]) & _PF_EXITING else int(fields[18])
 
 
 async def _remove(cgroup: Cgroup) -> None:
