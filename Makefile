@@ -3,6 +3,7 @@
 #   make run             boot the image, pull a container image inside, run a command in it
 #   make run IMAGE=docker.io/library/alpine CMD='uname -a'
 #   make test            all tests and checks
+#   make soak            the tests that try chance, as often as they can bear: an hour or so
 #
 # Not a root user? Building the image and the tests ask sudo.
 
@@ -34,6 +35,9 @@ run: setup-run image
 
 test: setup-test image lint
 	$(SUDO) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: setup-test image
+	$(SUDO) env INNKEEP_ROUNDS=soak $(BIN)/python -m pytest --timeout=3600 $(PYTEST_ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

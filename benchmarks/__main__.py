@@ -1,25 +1,53 @@
-"""Run all benchmarks, or those that are named: python -m benchmarks [startup] [boot]"""
+"""Run all benchmarks, or those that are named, or single rows of one:
+
+python -m benchmarks [--quick] [startup] [boot] [processes] [processes:ROW]...
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import boot, startup
+from benchmarks import boot, processes, startup
 
 ROOTFS = Path("build/rootfs")
-BENCHMARKS = {"startup": startup.measure, "boot": boot.measure}
+WHOLE = {"startup": startup.measure, "boot": boot.measure}
+BY_ROWS = {"processes": (processes.measure, tuple(processes.ROWS))}
+QUICK = "--quick"
+
+
+def known_names() -> Iterator[str]:
+    """All that may be named on the command line."""
+    yield from WHOLE
+    for name, (_, rows) in BY_ROWS.items():
+        yield name
+        yield from (f"{name}:{row}" for row in rows)
+
+
+def measure(name: str, rows: Sequence[str], *, quick: bool) -> None:
+    """Run one benchmark, or ``rows`` of it; ``quick`` makes no difference to all."""
+    print(f"--- {name}", flush=True)
+    if name in WHOLE:
+        WHOLE[name](ROOTFS)
+    else:
+        BY_ROWS[name][0](ROOTFS, rows, quick=quick)
 
 
 def main() -> int:
-    names = sys.argv[1:] or list(BENCHMARKS)
-    unknown = [name for name in names if name not in BENCHMARKS]
+    words = [word for word in sys.argv[1:] if word != QUICK]
+    known = list(known_names())
+    unknown = [word for word in words if word not in known]
     if unknown:
-        print(f"no benchmark {', '.join(unknown)}; there are: {', '.join(BENCHMARKS)}")
+        print(f"no benchmark {', '.join(unknown)}; there are: {', '.join(known)}")
         return 2
-    for name in names:
-        print(f"--- {name}")
-        BENCHMARKS[name](ROOTFS)
+    chosen: dict[str, list[str]] = {}
+    for word in words or [*WHOLE, *BY_ROWS]:
+        name, _, row = word.partition(":")
+        chosen.setdefault(name, []).append(row)
+    for name, rows in chosen.items():
+        # Named without a row, all of it is meant, whatever else is named.
+        measure(name, [] if "" in rows else rows, quick=QUICK in sys.argv)
     return 0
 
 

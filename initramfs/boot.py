@@ -9,10 +9,11 @@ network.
 import argparse
 import json
 import os
+import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +32,9 @@ from initramfs.vsock_daemon import find_vsock_daemon, running_vsock_daemon
 
 AGENT_PORT = 6000
 READY_PORT = 6004
+# Debian's package virtiofsd; and until Debian 12 there was one in C that came with QEMU.
+_VIRTIOFSD = Path("usr/libexec/virtiofsd")
+_VIRTIOFSD_OF_QEMU = Path("usr/lib/qemu/virtiofsd")
 _PATIENCE_S = {Kind.KVM: 60, Kind.TCG: 180, Kind.NAMESPACES: 60}
 
 
@@ -62,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     option("--memory", type=_size, default="1G", metavar="SIZE", help="default: 1G")
     option("--cpus", type=int, metavar="N", help="default: 2, emulated 1")
     option(
+        "--share",
+        type=_share,
+        action="append",
+        default=[],
+        metavar="TAG=DIR",
+        help="a directory of this machine, for a VM's containers to mount by its tag (virtiofs); "
+        "may be repeated",
+    )
+    option(
         "--insecure-registry",
         action="append",
         default=[],
@@ -86,6 +99,16 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _share(text: str) -> tuple[str, Path]:
+    tag, _, directory = text.partition("=")
+    # The device has 36 bytes for the tag (virtio 1.2, 5.11.4), and the agent a directory's name.
+    if not (tag and directory) or "/" in tag or tag in (".", "..") or len(os.fsencode(tag)) > 36:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no TAG=DIR, with a tag of at most 36 bytes and without a slash"
+        )
+    return tag, Path(directory).absolute()
+
+
 async def _boot(options: argparse.Namespace) -> None:
     choice = choose(options.machine, Host.inspect())
     if choice.notice:
@@ -103,6 +126,10 @@ async def _boot(options: argparse.Namespace) -> None:
 
 @asynccontextmanager
 async def _in_namespaces(options: argparse.Namespace, scratch: Path) -> AsyncIterator[Machine]:
+    if options.share:
+        raise BootError(
+            "namespaces have no virtiofs, --share is for VMs: name a directory where a tag would be"
+        )
     rootfs: Path = options.image / "rootfs"
     if not (rootfs / "init").exists():
         raise BootError(f"no image in {options.image}: run `make image`")
@@ -155,9 +182,18 @@ async def _in_vm(
             more=options.append,
         ),
     )
+    tags = [tag for tag, _ in options.share]
+    if twice := {tag for tag in tags if tags.count(tag) > 1}:
+        raise BootError(f"--share: {min(twice)} is the tag of two")
     async with AsyncExitStack() as stack:
+        shares = [
+            stack.enter_context(_shared(tag, directory, scratch))
+            for tag, directory in options.share
+        ]
+        hardware = evolve(hardware, shares=shares)
+        fds = [share.socket for share in shares]
         if choice.host_vsock:
-            child = stack.enter_context(started(qemu.command_line(hardware)))
+            child = stack.enter_context(started(qemu.command_line(hardware), pass_fds=fds))
             yield Machine(child, f"vsock:{hardware.cid}:{AGENT_PORT}")
             return
         socket = (options.socket or scratch / "agent.sock").absolute()
@@ -166,8 +202,46 @@ async def _in_vm(
         daemon = running_vsock_daemon(program, socket, scratch / "control.sock")
         fd = await stack.enter_async_context(daemon)
         command = qemu.command_line(evolve(hardware, vsock_socket=fd))
-        child = stack.enter_context(started(command, pass_fds=[fd]))
+        child = stack.enter_context(started(command, pass_fds=[fd, *fds]))
         yield Machine(child, f"mux:{socket}:{AGENT_PORT}", doorbell)
+
+
+@contextmanager
+def _shared(tag: str, directory: Path, scratch: Path) -> Iterator[qemu.Share]:
+    """A virtiofsd for the block, and the connection to it that is to be QEMU's."""
+    if not directory.is_dir():
+        raise BootError(f"{directory}: there is no such directory to share")
+    control = scratch / f"share-{tag}"
+    with (
+        claimed(control),
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX) as connection,
+    ):
+        listener.bind(str(control))
+        listener.listen()
+        # It waits there until the daemon accepts it: nobody has to know when that is.
+        connection.connect(str(control))
+        command = virtiofsd(directory, listener.fileno())
+        with started(command, pass_fds=[listener.fileno()], output=sys.stderr.fileno()):
+            yield qemu.Share(tag, connection.fileno())
+
+
+def virtiofsd(directory: Path, listener: int, root: Path = Path("/")) -> list[str]:
+    """The command that shares a directory with who connects to a listening socket.
+
+    Of the two daemons that there are the one that is installed below `root`.
+
+    Raises:
+        BootError: there is none.
+    """
+    if (program := root / _VIRTIOFSD).exists():
+        return [str(program), f"--shared-dir={directory}", f"--fd={listener}", "--log-level=error"]
+    if (program := root / _VIRTIOFSD_OF_QEMU).exists():
+        source = str(directory).replace("\\", "\\\\").replace(",", "\\,")
+        return [str(program), "-f", "-o", f"source={source},log_level=err", f"--fd={listener}"]
+    raise BootError(
+        "virtiofsd is missing: install the package virtiofsd (Debian 12: qemu-system-common)"
+    )
 
 
 @asynccontextmanager

@@ -37,6 +37,14 @@ _EMULATED = (
 )
 
 
+@frozen
+class Share:
+    """A virtiofs share; `socket` is the descriptor of a connection to the virtiofsd that has it."""
+
+    tag: str
+    socket: int
+
+
 @frozen(kw_only=True)
 class Hardware:
     """A machine to be made.
@@ -54,14 +62,15 @@ class Hardware:
     disk: Path | None = None
     cid: int = 3
     vsock_socket: int | None = None
+    shares: Sequence[Share] = ()
 
 
 def command_line(hardware: Hardware) -> list[str]:
     """QEMU's arguments, the first being its name."""
     memory_mib = hardware.memory_bytes >> 20
     kvm = hardware.kind is Kind.KVM
-    # vhost-device-vsock reads and writes the machine's memory itself.
-    shared = hardware.vsock_socket is not None
+    # vhost-device-vsock and virtiofsd read and write the machine's memory themselves.
+    shared = hardware.vsock_socket is not None or bool(hardware.shares)
     machine = "q35" if kvm else "q35,hpet=off"
     argv = [
         f"qemu-system-{hardware.architecture.machine}",
@@ -84,16 +93,23 @@ def command_line(hardware: Hardware) -> list[str]:
     if shared:
         memory = f"memory-backend-memfd,id=memory,size={memory_mib}M,share=on"
         argv += ["-object", memory]
+    if hardware.vsock_socket is not None:
         argv += ["-chardev", f"socket,id=vsock,fd={hardware.vsock_socket}"]
         argv += ["-device", "vhost-user-vsock-pci,chardev=vsock"]
     else:
         argv += ["-device", f"vhost-vsock-pci,guest-cid={hardware.cid}"]
     if hardware.disk is not None:
-        # A comma in an option's value is written twice.
-        path = str(hardware.disk).replace(",", ",,")
-        drive = f"if=none,id=storage,format=raw,discard=unmap,file={path}"
+        drive = f"if=none,id=storage,format=raw,discard=unmap,file={_value(str(hardware.disk))}"
         argv += ["-drive", drive, "-device", "virtio-blk-pci,drive=storage"]
+    for number, share in enumerate(hardware.shares):
+        argv += ["-chardev", f"socket,id=share{number},fd={share.socket}"]
+        argv += ["-device", f"vhost-user-fs-pci,chardev=share{number},tag={_value(share.tag)}"]
     return argv
+
+
+def _value(text: str) -> str:
+    """The value of an option's property: a comma in it is written twice."""
+    return text.replace(",", ",,")
 
 
 def kernel_words(hardware: Hardware) -> list[str]:

@@ -16,6 +16,7 @@ from agent.images.content_store import StoredImage
 from agent.images.workload_id import InvalidWorkloadId, persistent_workload_id
 from agent.processes.command import Bind, ContainerCommand
 from agent.processes.container import Running
+from agent.processes.standing import StandingContainer
 from agent.services import Services
 from protocol import AgentResponse, requests
 from protocol.errors import ErrorCode
@@ -41,66 +42,75 @@ async def run(request: requests.Run, channel: Channel, services: Services) -> Ag
     )
     # A container has the VM's network and name servers: they should be there by then.
     await services.network.decided()
-    timeout_s = seconds(request.timeout_ms)
-    if workload is not None and mode is Mode.DETACHED:
-        rootfs = _Rootfs(services, image, workload)
+    if workload is None:
+        async with _alone(request, command, image, services) as running:
+            return await _seen_to_its_end(request, channel, running)
+    rootfs = _Rootfs(services, image, workload)
+    if mode is Mode.DETACHED:
         return running_as(await services.standing.start_detached(workload, command, rootfs))
-    if workload is not None and mode is Mode.BACKGROUND:
-        async with services.standing.joined(
-            workload, command, _Rootfs(services, image, workload)
-        ) as container:
-            pid = await services.containers.start_background(
-                command,
-                container.id,
-                container.pid,
-                container.cgroup.path,
-                stdin_data=request.stdin_data,
-                timeout_s=timeout_s,
-            )
+    while True:
+        async with services.standing.joined(workload, command, rootfs) as container:
+            try:
+                return await _run_in(container, request, command, channel, services)
+            except AgentError:
+                # One that ends just then takes nobody in: the command has not run.
+                if not container.has_ended:
+                    raise
+
+
+async def _run_in(
+    container: StandingContainer,
+    request: requests.Run,
+    command: ContainerCommand,
+    channel: Channel,
+    services: Services,
+) -> AgentResponse:
+    """The command in a container that stays; an AgentError means that it has not been started."""
+    where = (container.id, container.pid, container.cgroup.path)
+    if Mode.of(request) is Mode.BACKGROUND:
+        pid = await services.containers.start_background(
+            command,
+            *where,
+            stdin_data=request.stdin_data,
+            timeout_s=seconds(request.timeout_ms),
+        )
         return running_as(pid)
-    async with _running(request, command, image, workload, mode, services) as running:
-        if mode is Mode.INTERACTIVE:
-            return await converse(request, channel, running.process, running.started)
-        return completed(await running.collect(stdin_data=request.stdin_data, timeout_s=timeout_s))
+    async with services.containers.joining(
+        command, *where, takes_stdin=_takes_stdin(request), terminal=request.tty
+    ) as running:
+        return await _seen_to_its_end(request, channel, running)
 
 
 @asynccontextmanager
-async def _running(
-    request: requests.Run,
-    command: ContainerCommand,
-    image: StoredImage,
-    workload: str | None,
-    mode: Mode,
-    services: Services,
+async def _alone(
+    request: requests.Run, command: ContainerCommand, image: StoredImage, services: Services
 ) -> AsyncIterator[Running]:
-    """The command in its container: one of its own, or that of the workload."""
-    takes_stdin = mode is Mode.INTERACTIVE or request.stdin_data is not None
-    terminal = request.tty
-    if workload is None:
-        images = await services.images.passed(ErrorCode.RUN_FAILED)
-        with _mounting():
-            async with (
-                images.overlays.ephemeral(image) as overlay,
-                services.containers.running(
-                    command, Path(overlay.rootfs_path), takes_stdin=takes_stdin, terminal=terminal
-                ) as running,
-            ):
-                yield running
-        return
-    async with (
-        services.standing.joined(
-            workload, command, _Rootfs(services, image, workload)
-        ) as container,
-        services.containers.joining(
-            command,
-            container.id,
-            container.pid,
-            container.cgroup.path,
-            takes_stdin=takes_stdin,
-            terminal=terminal,
-        ) as running,
-    ):
-        yield running
+    """The command in a container of its own, on an overlay of its own."""
+    images = await services.images.passed(ErrorCode.RUN_FAILED)
+    with _mounting():
+        async with (
+            images.overlays.ephemeral(image) as overlay,
+            services.containers.running(
+                command,
+                Path(overlay.rootfs_path),
+                takes_stdin=_takes_stdin(request),
+                terminal=request.tty,
+            ) as running,
+        ):
+            yield running
+
+
+async def _seen_to_its_end(
+    request: requests.Run, channel: Channel, running: Running
+) -> AgentResponse:
+    if Mode.of(request) is Mode.INTERACTIVE:
+        return await converse(request, channel, running.process, running.started)
+    timeout_s = seconds(request.timeout_ms)
+    return completed(await running.collect(stdin_data=request.stdin_data, timeout_s=timeout_s))
+
+
+def _takes_stdin(request: requests.Run) -> bool:
+    return Mode.of(request) is Mode.INTERACTIVE or request.stdin_data is not None
 
 
 class _Rootfs:

@@ -53,8 +53,17 @@ async def attach(
             finally:
                 turn.release()
 
+    async def feed() -> None:
+        try:
+            await _feed(process, receive, (stdin_data or "").encode())
+        except Exception:
+            # The reader may still be told why: behind the chunk that is being sent, not within it.
+            async with turn:
+                reading.cancel_scope.cancel()
+                raise
+
     async with trio.open_nursery() as reading, trio.open_nursery() as feeding:
-        feeding.start_soon(_feed, process, receive, (stdin_data or "").encode())
+        feeding.start_soon(feed)
         for stream, pipe in process.outputs.items():
             reading.start_soon(partial(forward, stream, pipe))
         outcome = await see_to_end(process, timeout_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
@@ -26,6 +27,9 @@ _RESERVE_BYTES = 128 * _MIB
 # What grows with the VM: its tables, and the memory that the kernel keeps free.
 _RESERVE_SHARE = 16
 _AGENT_BYTES = 64 * _MIB
+# What one command leaves to the others: enough for a few small ones to go on, and to start.
+_SPARED_BYTES = 8 * _MIB
+_SPARED_SHARE = 16
 
 _CONTROLLERS = ("cpu", "memory", "pids")
 # Ten times that of all workloads. With 10,000 the agent answers no sooner, and a pull of it leaves
@@ -47,8 +51,9 @@ class Limits:
     or have cached, and what the kernel needs for them."""
     pids: int | None
     """Of all workloads: processes and threads, those included that nobody has waited for yet."""
+    command_memory_bytes: int | None
     command_pids: int | None
-    """Of one command or container."""
+    """Of one command or container, as the one above."""
     agent_memory_bytes: int
     """What the kernel takes from the agent for nobody else."""
 
@@ -59,16 +64,19 @@ class Limits:
         Of the memory all but a reserve, so that workloads run into their own limit, where one of
         them is killed, and not into the VM's, where everything would wait for memory. Of the
         processes as many as fit into it: ``threads_max`` is a thread for every 130 KiB of the VM,
-        which is what a forked shell takes. One command may have half of them, so that another
-        can still fork.
+        which is what a forked shell takes. One command may have half of them, so that another can
+        still fork, and nearly all of the memory: with all of it, the kernel would look for one to
+        kill, and for memory to take away, among the others as well, and in making their cgroups.
         """
         reserve = _RESERVE_BYTES + total_memory_bytes // _RESERVE_SHARE
+        # A VM that has hardly more than the reserve is no use without.
+        memory_bytes = max(total_memory_bytes - reserve, total_memory_bytes // 4)
         pids = max(min(threads_max // 4, pid_max // 2), 2)
         return cls(
-            # A VM that has hardly more than the reserve is no use without.
-            memory_bytes=max(total_memory_bytes - reserve, total_memory_bytes // 4),
+            memory_bytes=memory_bytes,
             pids=pids,
-            command_pids=pids // 2,
+            command_memory_bytes=_nearly_all(memory_bytes),
+            command_pids=_half(pids),
             agent_memory_bytes=min(_AGENT_BYTES, total_memory_bytes // 4),
         )
 
@@ -82,7 +90,7 @@ class Limits:
     ) -> Limits:
         """This machine's, but for what is given: bytes, or a number, or ``"max"`` for no limit.
 
-        Where only the number of all processes is given, a command may have half of that.
+        What one command may have is the same share of what is given for all.
 
         Raises:
             OSError: /proc is not there.
@@ -92,13 +100,19 @@ class Limits:
             threads_max=_number_in("/proc/sys/kernel/threads-max"),
             pid_max=_number_in("/proc/sys/kernel/pid_max"),
         )
-        half = max(pids // 2, 1) if isinstance(pids, int) else limits.command_pids
-        return attrs.evolve(
-            limits,
-            memory_bytes=_chosen(memory, limits.memory_bytes),
-            pids=_chosen(pids, limits.pids),
-            command_pids=_chosen(command_pids, half),
-        )
+        if memory is not None:
+            all_memory = None if memory == _MAX else memory
+            limits = attrs.evolve(
+                limits, memory_bytes=all_memory, command_memory_bytes=_nearly_all(all_memory)
+            )
+        if pids is not None:
+            all_pids = None if pids == _MAX else pids
+            limits = attrs.evolve(limits, pids=all_pids, command_pids=_half(all_pids))
+        if command_pids is not None:
+            limits = attrs.evolve(
+                limits, command_pids=None if command_pids == _MAX else command_pids
+            )
+        return limits
 
     def apply(self, workloads: Path) -> AppliedLimits:
         """Limit the cgroup of all workloads; what it returns limits one command each.
@@ -127,12 +141,22 @@ class Limits:
             log.warning("workloads are not limited: %s", cause_of(error))
             return AppliedLimits()
         log.info(
-            "workloads: memory.max=%s pids.max=%s, each command pids.max=%s",
-            *map(_text, (self.memory_bytes, self.pids, self.command_pids)),
+            "workloads: memory.max=%s pids.max=%s, each command: memory.max=%s pids.max=%s",
+            _text(self.memory_bytes),
+            _text(self.pids),
+            _text(self.command_memory_bytes),
+            _text(self.command_pids),
         )
-        if "pids" in controllers and self.command_pids is not None:
-            return AppliedLimits(str(self.command_pids), below)
-        return AppliedLimits(None, below)
+        of_command = {"memory": self.command_memory_bytes, "pids": self.command_pids}
+        return AppliedLimits(
+            # A new cgroup has no limit of its own.
+            [
+                (f"{name}.max", limit)
+                for name, limit in of_command.items()
+                if name in controllers and limit is not None
+            ],
+            below,
+        )
 
     def protect_agent(self, cgroup: Path) -> None:
         """Let the agent's own cgroup keep its memory, and run before all others.
@@ -148,22 +172,22 @@ class Limits:
 
 @attrs.frozen
 class AppliedLimits:
-    """What is left to do for each command. None where there is nothing to write."""
+    """What is left to do for each command: nothing where there are no controllers."""
 
-    _pids: str | None = None
+    _of_command: Sequence[tuple[str, int]] = ()
     _controllers: str | None = None
 
     def limit_command(self, cgroup: Path) -> None:
-        """Limit one command's cgroup, before anything runs in it.
+        """Limit one command's cgroup, before anything runs in it: a write for each limit.
 
         One in a container has its container's, unless ``open_container`` was called for that.
 
         Raises:
             OSError: the kernel refuses.
         """
-        if self._pids is not None:
-            with suppress(FileNotFoundError):
-                _write(cgroup / "pids.max", self._pids)
+        with suppress(FileNotFoundError):
+            for file, limit in self._of_command:
+                _write(cgroup / file, str(limit))
 
     def open_container(self, cgroup: Path) -> None:
         """Count and limit what will be in the cgroups below a container's, each by itself.
@@ -175,10 +199,15 @@ class AppliedLimits:
             _write(cgroup / "cgroup.subtree_control", self._controllers)
 
 
-def _chosen(given: int | Literal["max"] | None, default: int | None) -> int | None:
-    if given is None:
-        return default
-    return None if given == _MAX else given
+def _nearly_all(memory_bytes: int | None) -> int | None:
+    if memory_bytes is None:
+        return None
+    spared = max(memory_bytes // _SPARED_SHARE, _SPARED_BYTES)
+    return max(memory_bytes - spared, memory_bytes // 2)
+
+
+def _half(pids: int | None) -> int | None:
+    return None if pids is None else max(pids // 2, 1)
 
 
 def _text(limit: int | None) -> str:

@@ -57,20 +57,15 @@ class OutputLog:
         self.directory.rename(named)
         self.directory = named
 
-    def write(self, data: bytes) -> None:
-        """Append; what is older than the newest 4 to 8 MiB goes. Blocks; raises OSError."""
-        left = memoryview(data)
-        while left:
-            if self._file is None:
-                self._open()
-            assert self._file is not None
-            room = FILE_BYTES - self._size_bytes
-            if room <= 0:
-                self._rotate()
-                continue
-            written = os.write(self._file, left[:room])
-            self._size_bytes += written
-            left = left[written:]
+    def take(self, pipe: OutputPipe) -> bool:
+        """Append what lies in ``pipe``; what is older than the newest 4 to 8 MiB goes.
+
+        Returns whether more may come. Blocks; raises OSError.
+        """
+        file = self._opened()
+        moved_bytes = pipe.move(file, FILE_BYTES - self._size_bytes)
+        self._size_bytes += moved_bytes or 0
+        return moved_bytes != 0
 
     def end(self) -> None:
         """Nothing more will be written: it stays to be read. Blocks."""
@@ -89,14 +84,18 @@ class OutputLog:
             os.close(self._file)
             self._file = None
 
-    def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._file = os.open(self.directory / "output", flags, 0o600)
-        self._size_bytes = os.fstat(self._file).st_size
-
-    def _rotate(self) -> None:
-        self.close()
-        (self.directory / "output").rename(self.directory / "output.1")
+    def _opened(self) -> int:
+        """The file to append to, with room in it."""
+        if self._size_bytes >= FILE_BYTES:
+            self.close()
+            (self.directory / "output").rename(self.directory / "output.1")
+        if self._file is None:
+            # Not O_APPEND, which splice(2) refuses.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+            self._file = os.open(self.directory / "output", flags, 0o600)
+            self._size_bytes = os.lseek(self._file, 0, os.SEEK_END)
+            return self._opened()
+        return self._file
 
 
 @attrs.define(eq=False)
@@ -128,9 +127,15 @@ class OutputLogs:
 
         A disk that is full loses output, and stops no process.
         """
-        while data := await pipe.receive():
-            with suppress(OSError):
-                await trio.to_thread.run_sync(log.write, data, limiter=self._threads)
+        more_may_come = True
+        while more_may_come:
+            # First, since nobody is told of the end of those who had ended before it was opened.
+            try:
+                more_may_come = await trio.to_thread.run_sync(log.take, pipe, limiter=self._threads)
+            except OSError:
+                more_may_come = pipe.read() != b""
+            if more_may_come:
+                await pipe.readable()
 
     def tidy(self) -> None:
         """Remove what is too old, and what a crash left unfinished. Blocks."""

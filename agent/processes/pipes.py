@@ -56,6 +56,17 @@ class OutputPipe:
             self._grow()
         return data
 
+    def move(self, file: int, most_bytes: int) -> int | None:
+        """Move what is there to a file's offset: how much it was, None for nothing yet, 0 for the
+        end. Whoever is killed meanwhile has lost nothing (splice(2)). Raises OSError."""
+        try:
+            moved = os.splice(self._descriptor, file, most_bytes, flags=os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            return None
+        if moved >= PIPE_BYTES == self.capacity_bytes:
+            self._grow()
+        return moved
+
     async def readable(self) -> None:
         """Wait until ``read`` has something to say."""
         if self.is_open:

@@ -204,6 +204,9 @@ class Processes:
         if process.exit_code is None:
             await process.end_tree()
             process.close_outputs()
+        # What it left behind may wait for the end of its input.
+        if process.stdin is not None:
+            process.stdin.close()
         cgroup_is_gone = process.cgroup is None or process.cgroup.remove()
         pipes_are_done = not any(pipe.is_open for pipe in process.outputs.values())
         if process.exit_code is not None and cgroup_is_gone and pipes_are_done:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 import attrs
@@ -89,6 +91,11 @@ class StandingContainer:
         """Return when its first process has ended, and the kernel has ended all others with it."""
         await trio.lowlevel.wait_readable(self._pidfd)
 
+    def suspend(self) -> None:
+        """Stop its first process, which then answers to nothing but SIGKILL."""
+        with suppress(OSError):  # it has ended
+            signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
+
     def close(self) -> None:
         os.close(self._pidfd)
 
@@ -160,9 +167,13 @@ class StandingContainers:
         command: ContainerCommand,
         rootfs: Callable[[], Awaitable[Path]],
     ) -> StandingContainer:
-        running = self._newest(workload)
-        if running is not None:
-            await self._bind(running, command)
+        while (running := self._newest(workload)) is not None:
+            try:
+                await self._bind(running, command)
+            except AgentError:
+                if running.has_ended:
+                    continue
+                raise
             return running
         return await self._start_idle(workload, command, await rootfs())
 
@@ -198,12 +209,18 @@ class StandingContainers:
             yield
 
     async def end_idle(self) -> None:
-        """End all containers that hold nothing but the agent's own init."""
+        """End all containers that hold nothing but the agent's own init; others, when they do.
+
+        Those are to be asked to end: the init, which would do so at once and take the rest with it,
+        does not hear of that.
+        """
         async with trio.open_nursery() as nursery:
-            for containers in self._by_workload.values():
-                for container in containers:
-                    if container.is_idle():
-                        nursery.start_soon(self._end, container)
+            for container in chain.from_iterable(self._by_workload.values()):
+                if container.is_idle():
+                    nursery.start_soon(self._end, container)
+                elif container.has_own_init:
+                    container.suspend()
+                    self._runtime.processes.lifetime.start_soon(_end_when_idle, container)
 
     def of(self, workload: str) -> list[StandingContainer]:
         """Those of a workload that run, the newest last; the end of one may not be seen to yet."""
@@ -394,6 +411,15 @@ def _start_ticks(pid: int) -> int:
         return -1
     state, *fields = stat.rpartition(")")[2].split()
     return -1 if state in "ZX" or int(fields[5]) & _PF_EXITING else int(fields[18])
+
+
+async def _end_when_idle(container: StandingContainer) -> None:
+    """Kill a container's own init when it has no other process any more."""
+    with suppress(FileNotFoundError):
+        for cgroup in Cgroup.all_in(container.cgroup.path):
+            if cgroup.path.name != _FIRST:
+                await cgroup.emptied()
+    container.cgroup.kill()
 
 
 async def _remove(cgroup: Cgroup) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from initramfs import qemu
 from initramfs.architecture import ARCHITECTURES
+from initramfs.boot import virtiofsd
 from initramfs.errors import BootError
 from initramfs.machine import Choice, Host, Kind, Network, boot_words, choose, parse_size
 
@@ -99,10 +100,51 @@ class TestTheCommandLine:
         assert "vhost-user-vsock-pci,chardev=vsock" in line
         assert not any("guest-cid" in word for word in line)
 
+    def test_of_shares_has_a_device_for_each_and_the_machines_memory_shared(self) -> None:
+        shares = [qemu.Share("code", 8), qemu.Share("a,b", 9)]
+        line = qemu.command_line(hardware(Kind.KVM, cid=42, shares=shares))
+        assert line[line.index("-machine") + 1] == "q35,memory-backend=memory"
+        assert "memory-backend-memfd,id=memory,size=1024M,share=on" in line
+        assert "vhost-vsock-pci,guest-cid=42" in line
+        assert line[-8:] == [
+            *("-chardev", "socket,id=share0,fd=8"),
+            *("-device", "vhost-user-fs-pci,chardev=share0,tag=code"),
+            *("-chardev", "socket,id=share1,fd=9"),
+            *("-device", "vhost-user-fs-pci,chardev=share1,tag=a,,b"),
+        ]
+
     def test_users_of_kvm_keep_what_the_emulated_kernel_goes_without(self) -> None:
         for word in ("mitigations=off", "nokaslr", "apparmor=0"):
             assert word not in qemu.kernel_words(hardware(Kind.KVM))
             assert word in qemu.kernel_words(hardware(Kind.TCG))
+
+
+class TestVirtiofsd:
+    def test_debians_package_is_taken_before_the_one_that_came_with_qemu(
+        self, tmp_path: Path
+    ) -> None:
+        for name in ("usr/libexec/virtiofsd", "usr/lib/qemu/virtiofsd"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).touch()
+        assert virtiofsd(Path("/a,b"), 7, tmp_path) == [
+            f"{tmp_path}/usr/libexec/virtiofsd",
+            "--shared-dir=/a,b",
+            "--fd=7",
+            "--log-level=error",
+        ]
+
+    def test_qemus_own_takes_a_directory_with_a_comma_too(self, tmp_path: Path) -> None:
+        program = tmp_path / "usr/lib/qemu/virtiofsd"
+        program.parent.mkdir(parents=True)
+        program.touch()
+        options = r"source=/a\,b\\c,log_level=err"
+        assert virtiofsd(Path(r"/a,b\c"), 7, tmp_path) == [
+            *(str(program), "-f", "-o", options, "--fd=7")
+        ]
+
+    def test_without_one_the_package_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(BootError, match="virtiofsd is missing: install the package virtiofsd"):
+            virtiofsd(Path("/shared"), 7, tmp_path)
 
 
 class TestDisks:
@@ -141,6 +183,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     [
         (["--machine=xen"], "invalid choice: 'xen'"),
         (["--memory=lots"], "'lots' is no size, expected one like 512M or 2G"),
+        (["--share=/srv"], "'/srv' is no TAG=DIR, with a tag of at most 36 bytes"),
+        (["--share=a/b=/srv"], "'a/b=/srv' is no TAG=DIR"),
+        (["--share=" + 37 * "a" + "=/srv"], "aaa=/srv' is no TAG=DIR"),
+        (["--machine=namespaces", "--share=a=/"], "namespaces have no virtiofs"),
         (["--machine=namespaces", "--image=/nowhere"], "no image in /nowhere: run `make image`"),
         (["--machine=tcg", "--image=/nowhere"], "no image in /nowhere: run `make image`"),
     ],

@@ -6,8 +6,11 @@ import pytest
 
 from initramfs.local_registry import LocalRegistry
 from protocol.client import AgentClient, open_client
+from tests.support.execution import pull
+from tests.support.images import Images
 from tests.support.machine import Machine, agent_alone, booted
 from tests.support.misbehaving_registry import MisbehavingRegistry, misbehaving_registry
+from tests.support.standing import Persistent, persistent_overlay
 from tests.support.tools import ROOTFS, image_program
 
 
@@ -36,6 +39,16 @@ async def client(machine: Machine) -> AsyncIterator[AgentClient]:
     """A connection to the machine's agent."""
     async with open_client(machine.address) as connection:
         yield connection
+
+
+@pytest.fixture
+async def persistent(
+    machine: Machine, client: AgentClient, images: Images
+) -> AsyncIterator[Persistent]:
+    """A persistent overlay of the busybox image, for one test."""
+    await pull(client, images.busybox.reference)
+    async with persistent_overlay(machine, images.busybox.reference) as overlay:
+        yield overlay
 
 
 @pytest.fixture(scope="session")

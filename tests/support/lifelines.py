@@ -4,9 +4,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import attrs
 import trio
+
+from tests.support.machine import Machine
 
 
 @attrs.frozen
@@ -14,6 +17,7 @@ class Lifeline:
     """A FIFO that processes write to once to say that they run, and hold open as they live."""
 
     path: Path
+    """As the processes see it."""
     _descriptor: int
 
     def script(self, then: str) -> str:
@@ -36,6 +40,15 @@ class Lifeline:
         except BlockingIOError:
             return True
 
+    def is_let_go(self) -> bool:
+        """Whether no process holds it now; what has been said is forgotten."""
+        try:
+            while os.read(self._descriptor, 4096):
+                pass
+        except BlockingIOError:
+            return False
+        return True
+
     async def _read(self) -> bytes:
         while True:
             # Waiting comes first: to read before the first process has it open is to see an end.
@@ -47,12 +60,31 @@ class Lifeline:
 
 
 @contextmanager
-def lifeline(directory: Path) -> Iterator[Lifeline]:
-    """A new FIFO in ``directory``."""
+def lifeline(directory: Path, seen_as: Path | None = None) -> Iterator[Lifeline]:
+    """A new FIFO in ``directory``, which its processes call ``seen_as``; gone after the block."""
     path = directory / "lifeline"
     os.mkfifo(path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        yield Lifeline(path, descriptor)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            yield Lifeline((seen_as or directory) / path.name, descriptor)
+        finally:
+            os.close(descriptor)
     finally:
-        os.close(descriptor)
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lifeline_in(
+    machine: Machine, inside: str = "/tmp", seen_as: str | None = None
+) -> Iterator[Lifeline]:
+    """One for processes of a machine of namespaces, which needs no agent and outlasts several.
+
+    It is below ``inside``, which the processes call ``seen_as``.
+    """
+    with TemporaryDirectory(dir=machine.path(inside), ignore_cleanup_errors=True) as directory:
+        here = Path(directory)
+        here.chmod(0o755)
+        with lifeline(here, Path(seen_as or inside, here.name)) as line:
+            (here / "lifeline").chmod(0o666)
+            yield line

@@ -60,6 +60,18 @@ class Machine:
         """How many descriptors the agent has open."""
         return sum(1 for _ in Path(f"/proc/{self.agent_pid()}/fd").iterdir())
 
+    def agents_memory_bytes(self) -> int:
+        """How much memory the agent has resident."""
+        status = Path(f"/proc/{self.agent_pid()}/status").read_text()
+        (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))
+        return int(kib) * 1024
+
+    def agents_cpu_s(self) -> float:
+        """How much processor time the agent has used since its start (proc_pid_stat(5))."""
+        stat = Path(f"/proc/{self.agent_pid()}/stat").read_text()
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def path(self, inside: str) -> Path:
         """A path of this machine for one that is `inside`. Only for machines of namespaces."""
         return Path(f"/proc/{self.init_pid()}/root") / inside.lstrip("/")

@@ -1,6 +1,7 @@
 """Commands in the machine itself, without a container."""
 
 import time
+from typing import Any
 
 import pytest
 import trio
@@ -9,6 +10,7 @@ from protocol import requests, responses
 from protocol.client import AgentClient, open_client
 from tests.support.execution import execute, lifeline, refusal, shell
 from tests.support.machine import Machine
+from tests.support.wire import open_wire
 
 STREAM_LIMIT = 11 * 1024 * 1024
 
@@ -195,3 +197,72 @@ async def test_orphans_are_reaped_by_init(client: AgentClient) -> None:
     await shell(client, "sleep 0.3")
     zombies = await shell(client, "grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null || true")
     assert zombies == ""
+
+
+# What a command took
+
+
+async def test_the_agent_announces_that_it_counts(client: AgentClient) -> None:
+    answer = await client.request(requests.Ping())
+    assert isinstance(answer, responses.Pong)
+    assert "process-stats-v1" in (answer.capabilities or ())
+
+
+@pytest.mark.parametrize("fields", [{}, {"interactive": True}, {"tty": True}], ids=str)
+async def test_the_end_tells_time_and_processor_time(
+    client: AgentClient, fields: dict[str, bool]
+) -> None:
+    done = await last_answer(client, "sleep 0.3", **fields)
+    assert 300 <= done.duration_ms < 3000
+    assert 0 < done.cpu_us < 200_000
+    # Also that of children, and of theirs.
+    busy = "i=0; while [ $i -lt 100000 ]; do i=$((i + 1)); done"
+    done = await last_answer(client, f"(({busy}) & ({busy}); wait)", **fields)
+    assert 100_000 < done.cpu_us < 2 * 1000 * done.duration_ms + 50_000
+
+
+@pytest.mark.parametrize("fields", [{}, {"interactive": True}, {"tty": True}], ids=str)
+async def test_the_end_tells_the_most_memory_that_was_held(
+    client: AgentClient, fields: dict[str, bool]
+) -> None:
+    script = "python3 -c 'x = bytearray(200 << 20)'; exit 3"
+    done = await last_answer(client, script, **fields)
+    assert done.exit_code == 3
+    assert 200 << 20 <= done.peak_memory_bytes < 300 << 20
+
+
+@pytest.mark.parametrize("fields", [{}, {"interactive": True}, {"tty": True}], ids=str)
+async def test_the_end_tells_the_signal_or_the_time_limit_and_nothing_that_was_not(
+    machine: Machine, fields: dict[str, bool]
+) -> None:
+    async with open_wire(machine.address) as wire:
+
+        async def end_of(script: str, **more: object) -> dict[str, object]:
+            await wire.send(
+                {"method": "vm_exec", "command": ["sh", "-c", script], **fields, **more}
+            )
+            while (answer := await wire.receive()) is not None:
+                if answer["status"] not in ("started", "stdout", "stderr"):
+                    break
+            assert answer is not None
+            assert answer.pop("status") == ("exited" if fields else "completed")
+            measured = {"duration_ms", "cpu_us", "peak_memory_bytes", "stdout", "stderr"}
+            return {key: value for key, value in answer.items() if key not in measured}
+
+        assert await end_of("exit 0") == {"exit_code": 0}
+        assert await end_of("exit 255") == {"exit_code": 255}
+        assert await end_of("kill -KILL $$") == {"exit_code": 137, "signal": 9}
+        # The shell's own status, by which it tells of its child.
+        assert await end_of("sh -c 'kill -KILL $$'; exit $?") == {"exit_code": 137}
+        timed_out = {"exit_code": 124, "timed_out": True}
+        assert await end_of("sleep 1000", timeout_ms=100) == timed_out
+        assert await end_of("exit 124", timeout_ms=60_000) == {"exit_code": 124}
+
+
+async def last_answer(client: AgentClient, script: str, **fields: bool) -> Any:
+    """What tells the end of a shell script."""
+    request = requests.VmExec(("sh", "-c", script), **fields)
+    done = await client.request(request)
+    assert isinstance(done, (responses.Completed, responses.Exited)), done
+    assert done.oom is None
+    return done
