@@ -61,8 +61,10 @@ clean:
 setup-run: $(VENV)/installed
 	@$(call install_packages,$(RUN_PACKAGES))
 
+# Until bookworm virtiofsd came with QEMU, since then it is a package of its own.
 setup-test: setup-run
 	@$(call install_packages,$(TEST_PACKAGES))
+	@[ -e /usr/lib/qemu/virtiofsd ] || { $(call install_packages,virtiofsd); }
 
 # The hashes in the lock are what makes this installation the one that was tested.
 $(VENV)/installed: requirements/dev.txt pyproject.toml

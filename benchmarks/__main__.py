@@ -45,9 +45,13 @@ def main() -> int:
     for word in words or [*WHOLE, *BY_ROWS]:
         name, _, row = word.partition(":")
         chosen.setdefault(name, []).append(row)
-    for name, rows in chosen.items():
-        # Named without a row, all of it is meant, whatever else is named.
-        measure(name, [] if "" in rows else rows, quick=QUICK in sys.argv)
+    try:
+        for name, rows in chosen.items():
+            # Named without a row, all of it is meant, whatever else is named.
+            measure(name, [] if "" in rows else rows, quick=QUICK in sys.argv)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import attrs
@@ -56,16 +56,19 @@ def booted_with_image(image_folder: Path) -> Iterator[Machine]:
     """
     with (
         tempfile.TemporaryDirectory(prefix="innkeep-benchmark-") as scratch,
-        local_registry() as registry,
+        ExitStack() as machine,
     ):
         folder = Path(scratch)
         (folder / "host").mkdir()
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(__file__).parent, folder / "host/benchmarks", ignore=ignored)
-        image = _push_busybox(folder, registry.address)
-        with _booted(folder, image_folder, registry.address) as (boot_pid, address):
+        # The registry is no part of what is measured, and nobody's to clear away if we are killed.
+        with local_registry() as registry:
+            image = _push_busybox(folder, registry.address)
+            booted = _booted(folder, image_folder, registry.address)
+            boot_pid, address = machine.enter_context(booted)
             trio.run(_pull, address, image)
-            yield Machine(_init_below(boot_pid), image)
+        yield Machine(_init_below(boot_pid), image)
 
 
 @contextmanager

@@ -9,11 +9,10 @@ network.
 import argparse
 import json
 import os
-import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import IO
 
@@ -28,13 +27,11 @@ from initramfs.errors import BootError, BuildError
 from initramfs.foreground import Machine, attend
 from initramfs.machine import Choice, Host, Kind, Network, boot_words, choose, parse_size
 from initramfs.sockets import claimed
+from initramfs.virtiofs import shared
 from initramfs.vsock_daemon import find_vsock_daemon, running_vsock_daemon
 
 AGENT_PORT = 6000
 READY_PORT = 6004
-# Debian's package virtiofsd; and until Debian 12 there was one in C that came with QEMU.
-_VIRTIOFSD = Path("usr/libexec/virtiofsd")
-_VIRTIOFSD_OF_QEMU = Path("usr/lib/qemu/virtiofsd")
 _PATIENCE_S = {Kind.KVM: 60, Kind.TCG: 180, Kind.NAMESPACES: 60}
 
 
@@ -187,8 +184,7 @@ async def _in_vm(
         raise BootError(f"--share: {min(twice)} is the tag of two")
     async with AsyncExitStack() as stack:
         shares = [
-            stack.enter_context(_shared(tag, directory, scratch))
-            for tag, directory in options.share
+            stack.enter_context(shared(tag, directory, scratch)) for tag, directory in options.share
         ]
         hardware = evolve(hardware, shares=shares)
         fds = [share.socket for share in shares]
@@ -204,44 +200,6 @@ async def _in_vm(
         command = qemu.command_line(evolve(hardware, vsock_socket=fd))
         child = stack.enter_context(started(command, pass_fds=[fd, *fds]))
         yield Machine(child, f"mux:{socket}:{AGENT_PORT}", doorbell)
-
-
-@contextmanager
-def _shared(tag: str, directory: Path, scratch: Path) -> Iterator[qemu.Share]:
-    """A virtiofsd for the block, and the connection to it that is to be QEMU's."""
-    if not directory.is_dir():
-        raise BootError(f"{directory}: there is no such directory to share")
-    control = scratch / f"share-{tag}"
-    with (
-        claimed(control),
-        socket.socket(socket.AF_UNIX) as listener,
-        socket.socket(socket.AF_UNIX) as connection,
-    ):
-        listener.bind(str(control))
-        listener.listen()
-        # It waits there until the daemon accepts it: nobody has to know when that is.
-        connection.connect(str(control))
-        command = virtiofsd(directory, listener.fileno())
-        with started(command, pass_fds=[listener.fileno()], output=sys.stderr.fileno()):
-            yield qemu.Share(tag, connection.fileno())
-
-
-def virtiofsd(directory: Path, listener: int, root: Path = Path("/")) -> list[str]:
-    """The command that shares a directory with who connects to a listening socket.
-
-    Of the two daemons that there are the one that is installed below `root`.
-
-    Raises:
-        BootError: there is none.
-    """
-    if (program := root / _VIRTIOFSD).exists():
-        return [str(program), f"--shared-dir={directory}", f"--fd={listener}", "--log-level=error"]
-    if (program := root / _VIRTIOFSD_OF_QEMU).exists():
-        source = str(directory).replace("\\", "\\\\").replace(",", "\\,")
-        return [str(program), "-f", "-o", f"source={source},log_level=err", f"--fd={listener}"]
-    raise BootError(
-        "virtiofsd is missing: install the package virtiofsd (Debian 12: qemu-system-common)"
-    )
 
 
 @asynccontextmanager

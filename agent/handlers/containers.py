@@ -146,7 +146,9 @@ def _workload(request: requests.Run, mode: Mode) -> str | None:
 
 async def _binds(request: requests.Run, services: Services) -> list[Bind]:
     """What the request wants mounted, and the workspace unless that is elsewhere then."""
-    binds = [await trio.to_thread.run_sync(services.shares.bind, mount) for mount in request.mounts]
+    binds: list[Bind] = []
+    if request.mounts:
+        binds = await trio.to_thread.run_sync(services.shares.binds, request.mounts)
     if all(bind.destination != WORKSPACE for bind in binds):
         workspace = Bind(str(services.disk.workspace), WORKSPACE, gives_way=True)
         binds.insert(0, workspace)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum, auto
 from functools import partial
 
@@ -15,6 +17,8 @@ from agent.processes.outcome import Outcome
 from agent.processes.process import Process, Stream
 from agent.processes.terminal import Size
 from protocol import requests, responses
+
+log = logging.getLogger(__name__)
 
 _ANSWERS: Mapping[Stream, type[responses.Stdout | responses.Stderr]] = {
     Stream.STDOUT: responses.Stdout,
@@ -58,14 +62,29 @@ async def converse(
     if timeout_s is not None:
         timeout_s = max(0.0, timeout_s - (trio.current_time() - begun))
     await channel.send(responses.Started())
-    outcome = await attach(
-        process,
-        partial(_send, channel),
-        partial(_receive, channel),
-        stdin_data=request.stdin_data,
-        timeout_s=timeout_s,
-    )
+    with _a_cancellation_is_all():
+        outcome = await attach(
+            process,
+            partial(_send, channel),
+            partial(_receive, channel),
+            stdin_data=request.stdin_data,
+            timeout_s=timeout_s,
+        )
     return exited(outcome)
+
+
+@contextmanager
+def _a_cancellation_is_all() -> Iterator[None]:
+    """Let nothing pass beside a cancellation: the peer has hung up, so whoever was sending or
+    receiving at that moment failed as well, and nobody is left to be told."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        cancellations, failures = group.split(trio.Cancelled)
+        if cancellations is None or not isinstance(failures, ExceptionGroup):
+            raise
+        log.debug("cancelled, and meanwhile: %r", failures)
+        raise cancellations from None
 
 
 async def _send(channel: Channel, stream: Stream, data: bytes) -> None:

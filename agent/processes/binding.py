@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -49,6 +50,9 @@ def _attach(namespace: int, tree: int, destination: str, failures: list[OSError]
         unshare(CLONE_FS)
         setns(namespace, CLONE_NEWNS)
         Path(destination).mkdir(parents=True, exist_ok=True)
-        move_mount(tree, destination)
+        # It follows no link by itself.
+        move_mount(tree, os.path.realpath(destination))
+    except FileExistsError:
+        failures.append(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     except OSError as error:
         failures.append(error)

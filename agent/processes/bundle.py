@@ -13,6 +13,7 @@ import attrs
 from agent.processes.accounts import User
 from agent.processes.command import Bind
 from agent.processes.seccomp import OciProfile
+from agent.processes.terminal import DEFAULT_SIZE
 
 # moby's oci/caps/defaults.go.
 DEFAULT_CAPABILITIES: Sequence[str] = (
@@ -185,7 +186,9 @@ def process_config(process: ContainerProcess) -> dict[str, object]:
         "noNewPrivileges": False,
     }
     if process.terminal:
-        config["terminal"] = True
+        # From its first moment: whoever takes the terminal over comes too late to say it.
+        size = {"width": DEFAULT_SIZE.columns, "height": DEFAULT_SIZE.rows}
+        config |= {"terminal": True, "consoleSize": size}
     return config
 
 
@@ -214,7 +217,8 @@ def runtime_config(container: Container) -> dict[str, object]:
 
 
 def _bind(bind: Bind) -> dict[str, object]:
-    mode = "ro" if bind.read_only else "rw"
+    # Read-only with all that is mounted below it.
+    mode = "rro" if bind.read_only else "rw"
     return _mount(bind.destination, "bind", bind.source, ("rbind", "rprivate", mode))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
 import socket
+import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -96,11 +98,14 @@ class Running:
     def failure(self) -> AgentError:
         """Why crun ended without having started anything, by its own words. Blocks."""
         said = self._invocation.complaint()
+        if "mount" in said or "creating" in said:
+            for bind in self._binds:
+                # Some of crun's words are about the path as seen from the root.
+                if f"`{bind.destination}`" in said or f"`{bind.destination[1:]}`" in said:
+                    return AgentError(ErrorCode.MOUNT_FAILED, f"{_mounting(bind)}: {said}")
         doing = f"run {self._command.argv[0]}"
-        code = ErrorCode.RUN_FAILED
-        if "mount" in said and any(bind.destination in said for bind in self._binds):
-            code = ErrorCode.MOUNT_FAILED
-        return AgentError(code, f"{doing}: {said or 'crun failed and did not say why'}")
+        said = said or "crun failed and did not say why"
+        return AgentError(ErrorCode.RUN_FAILED, f"{doing}: {said}")
 
 
 @attrs.define(eq=False)
@@ -362,6 +367,7 @@ class ContainerRuntime:
         with failing_as(ErrorCode.RUN_FAILED, f"run {command.argv[0]}: prepare the container"):
             with ExitStack() as stack:
                 view = _View.of_binds(stack, rootfs, command.binds)
+                _check_places(command.binds, view)
                 process = self._process(command, view, terminal=terminal)
             hostname = socket.gethostname()
             directory.mkdir(mode=0o700)
@@ -441,6 +447,22 @@ class _View:
             if path.startswith(f"{destination}/"):
                 return files.open(path.removeprefix(destination))
         return self.root.open(path)
+
+
+def _check_places(binds: Sequence[Bind], view: _View) -> None:
+    """Raise MOUNT_FAILED where a directory is to be at the place of something else."""
+    for bind in binds:
+        if Path(bind.source).is_dir():
+            with failing_as(ErrorCode.MOUNT_FAILED, _mounting(bind)), suppress(FileNotFoundError):
+                descriptor = view.open(bind.destination)
+                is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+                os.close(descriptor)
+                if not is_directory:
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+
+def _mounting(bind: Bind) -> str:
+    return f"mount {bind.source} at {bind.destination} in the container"
 
 
 async def pid_of_detached(invocation: Invocation, command: ContainerCommand, crun: Process) -> int:

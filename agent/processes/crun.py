@@ -21,7 +21,7 @@ import attrs
 import trio
 
 from agent.processes.process import Process
-from agent.processes.terminal import DEFAULT_SIZE, Terminal, set_size
+from agent.processes.terminal import Terminal
 
 _PID_BYTES = 32
 _NAMES = ("process.json", "pid", "log", "console")
@@ -99,7 +99,6 @@ class Invocation:
             await trio.lowlevel.wait_readable(peer)
             _, descriptors, _, _ = socket.recv_fds(peer, 4096, 1, socket.MSG_CMSG_CLOEXEC)
         if descriptors:
-            set_size(descriptors[0], DEFAULT_SIZE)
             process.attach_terminal(Terminal(descriptors[0]))
 
     def complaint(self) -> str:

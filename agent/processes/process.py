@@ -144,7 +144,7 @@ class Process:
         with trio.move_on_after(_DEATH_S):
             await self.wait()
             if self.cgroup is not None:
-                await self.cgroup.emptied()
+                await kill_all(self.cgroup)
 
     def close_outputs(self) -> None:
         """Stop reading; for a process that has ended, or is about to."""
@@ -157,6 +157,21 @@ class Process:
         if self.stdin is not None:
             self.stdin.close()
         os.close(self._pidfd)
+
+
+async def kill_all(cgroup: Cgroup) -> None:
+    """Kill what is in a cgroup, and return when nothing is.
+
+    Once in some ten thousand times a child is born that the kernel misses: its parent had begun to
+    fork after the kill had, and was itself killed before the child was there
+    (kernel/cgroup/cgroup.c, from cgroup_can_fork to cgroup_post_fork). So this asks again.
+    """
+    patience_s = 0.01
+    while cgroup.is_populated():
+        cgroup.kill()
+        with trio.move_on_after(patience_s):
+            await cgroup.emptied()
+        patience_s *= 2
 
 
 def _peak_memory_bytes(usage: resource.struct_rusage) -> int | None:

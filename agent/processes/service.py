@@ -20,7 +20,7 @@ from agent.processes.limits import AppliedLimits, Limits
 from agent.processes.oom_protection import OomProtection
 from agent.processes.output_log import OutputLog, OutputLogs
 from agent.processes.pipes import OutputPipe, adopt
-from agent.processes.process import Process, Stdio, start_process
+from agent.processes.process import Process, Stdio, kill_all, start_process
 from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -170,9 +170,8 @@ class Processes:
         workloads.terminate()
         with trio.move_on_after(grace_s):
             await workloads.emptied()
-        workloads.kill()
         with trio.move_on_after(_DEATH_S):
-            await workloads.emptied()
+            await kill_all(workloads)
 
     async def _start(
         self, command: Command, stdio: Stdio, parent: Path | None, name: str | None
@@ -201,7 +200,8 @@ class Processes:
             raise
 
     async def _finish(self, process: Process) -> None:
-        if process.exit_code is None:
+        has_ended_itself = process.exit_code is not None
+        if not has_ended_itself:
             await process.end_tree()
             process.close_outputs()
         # What it left behind may wait for the end of its input.
@@ -212,7 +212,7 @@ class Processes:
         if process.exit_code is not None and cgroup_is_gone and pipes_are_done:
             process.close()
             return
-        if process.cgroup is not None and not cgroup_is_gone and process.exit_code is not None:
+        if process.cgroup is not None and not cgroup_is_gone and has_ended_itself:
             process.cgroup.keep()
         self.lifetime.start_soon(_outlive, process)
 
@@ -244,12 +244,12 @@ class Processes:
 
     def adopt_command(self, cgroup: Cgroup) -> None:
         """Look after one command of an earlier agent, or end it if its request went with that."""
+        timeout_s: float | None = 0
         if cgroup.is_kept():
+            timeout_s = _time_left(cgroup.kept_until())
             for pipe in adopt(cgroup.pids()):
                 self.lifetime.start_soon(_drop, pipe)
-        else:
-            cgroup.kill()
-        self.lifetime.start_soon(_see_off, cgroup, _time_left(cgroup.kept_until()))
+        self.lifetime.start_soon(_see_off, cgroup, timeout_s)
 
 
 @asynccontextmanager
@@ -334,7 +334,7 @@ async def _see_off(cgroup: Cgroup, timeout_s: float | None = None) -> None:
             with trio.move_on_after(timeout_s) as limit:
                 await cgroup.emptied()
             if limit.cancelled_caught:
-                cgroup.kill()
+                await kill_all(cgroup)
         await cgroup.removed()
     except OSError as error:
         log.error("remove %s: %s", cgroup.path, cause_of(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import attrs
@@ -17,6 +18,11 @@ from protocol.values import Mount
 
 VIRTIOFS = Path("/mnt/virtiofs")
 
+_NO_SHARE = (
+    "the VM has no virtiofs share of that tag; boot it with one, or name a directory of the VM by "
+    "its absolute path"
+)
+
 
 @attrs.frozen
 class Shares:
@@ -24,6 +30,16 @@ class Shares:
 
     directory: Path = VIRTIOFS
     _turn: threading.Lock = attrs.field(factory=threading.Lock, eq=False)
+
+    def binds(self, wanted: Iterable[Mount]) -> list[Bind]:
+        """What is to be bound into a container, outer directories before those within them; as
+        ``bind``, and MOUNT_FAILED also where two have one path."""
+        binds: dict[str, Bind] = {}
+        for each in wanted:
+            bind = self.bind(each)
+            if binds.setdefault(bind.destination, bind) != bind:
+                raise _failed(each, "another mount of the request has that path")
+        return sorted(binds.values(), key=lambda bind: bind.destination.count("/"))
 
     def bind(self, wanted: Mount) -> Bind:
         """What is to be bound into a container; the share is mounted where it is not yet. Blocks.
@@ -55,8 +71,9 @@ class Shares:
                     mount(tag, where, fstype="virtiofs")
                 except OSError as error:
                     where.rmdir()
-                    if error.errno == errno.EINVAL:
-                        raise ValueError("the VM has no virtiofs share of that tag") from error
+                    # The kernel has no share of that tag, or no virtiofs at all.
+                    if error.errno in (errno.EINVAL, errno.ENODEV):
+                        raise ValueError(_NO_SHARE) from error
                     raise
         return where
 

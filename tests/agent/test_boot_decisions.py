@@ -13,9 +13,9 @@ import pytest
 
 from initramfs import qemu
 from initramfs.architecture import ARCHITECTURES
-from initramfs.boot import virtiofsd
 from initramfs.errors import BootError
 from initramfs.machine import Choice, Host, Kind, Network, boot_words, choose, parse_size
+from initramfs.virtiofs import virtiofsd
 
 ABLE = Host(virtualises=True, kvm_opens=True, vhost_vsock_opens=True)
 PLAIN = Host(virtualises=False, kvm_opens=True, vhost_vsock_opens=False)

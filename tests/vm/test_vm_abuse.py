@@ -25,6 +25,7 @@ BETWEEN_PINGS_S = 0.02
 PATIENCE_S = 60
 MIB = 1 << 20
 WORKLOAD_MIB = 200
+WORKLOADS = "/sys/fs/cgroup/workloads"
 
 FORK_BOMB = ":(){ :|:& };:"
 MEMORY_EATERS = {
@@ -39,14 +40,27 @@ ABUSES = {
     "busy": "for _ in 1 2 3 4 5 6 7 8; do (while :; do :; done) & done; wait",
     "fork bomb": f"{FORK_BOMB}; sleep 1000",
 }
-# Returns when workloads are refused a fork: that changes pids.events.
-FORK_IS_REFUSED = """\
-import select
-with open("/sys/fs/cgroup/workloads/pids.events", "rb", buffering=0) as events:
+# Some 15 MB each, so that it runs out of memory long before it runs out of processes.
+MEMORY_BOMB = """\
+import os
+while True:
+    try:
+        os.fork()
+        held = b"x" * 10000000
+    except OSError:
+        pass
+"""
+# Returns when a number in a file grows that tells of its changes, as cgroup2's do.
+GROWS = """\
+import select, sys
+with open(sys.argv[1], "rb", buffering=0) as file:
+    def number():
+        file.seek(0)
+        return dict(line.split() for line in file.read().decode().splitlines())[sys.argv[2]]
     change = select.epoll()
-    change.register(events, select.EPOLLPRI)
-    before = events.read()
-    while events.seek(0) or events.read() == before:
+    change.register(file, select.EPOLLPRI)
+    before = number()
+    while number() == before:
         change.poll()
 """
 # Fills a pipe that nobody reads, says so when it has been full for a second, and goes on.
@@ -110,16 +124,16 @@ async def test_the_agent_is_kept_out_of_the_limits_that_workloads_have(
     async def number(file: str) -> int:
         return int(await shell(abuser, f"cat {file}"))
 
-    workloads = "/sys/fs/cgroup/workloads"
-    own = f"{workloads}/commands/$(sed 's:.*/::' /proc/self/cgroup)"
+    own = f"{WORKLOADS}/commands/$(sed 's:.*/::' /proc/self/cgroup)"
     threads_max = await number("/proc/sys/kernel/threads-max")
-    assert await number(f"{workloads}/memory.max") == WORKLOAD_MIB * MIB
-    assert await number(f"{workloads}/pids.max") == threads_max // 4
+    assert await number(f"{WORKLOADS}/memory.max") == WORKLOAD_MIB * MIB
+    assert await number(f"{WORKLOADS}/pids.max") == threads_max // 4
+    assert await number(f"{own}/memory.max") == WORKLOAD_MIB * MIB * 15 // 16
     assert await number(f"{own}/pids.max") == threads_max // 4 // 2
     assert await number("/sys/fs/cgroup/agent/memory.min") == 64 * MIB
     assert await number("/sys/fs/cgroup/agent/cpu.weight") == 1000
     for parent in ("commands", "containers", "privileged"):
-        there = await shell(abuser, f"cat {workloads}/{parent}/cgroup.subtree_control")
+        there = await shell(abuser, f"cat {WORKLOADS}/{parent}/cgroup.subtree_control")
         assert {"cpu", "memory", "pids"} <= set(there.split())
 
 
@@ -153,19 +167,29 @@ async def test_a_hang_up_ends_it_and_all_that_it_started(abused: Machine, abuse:
             await line.ended()
 
 
-async def test_a_command_starts_while_another_one_forks_without_end(
-    abused: Machine, abuser: AgentClient
+@pytest.mark.parametrize(
+    ("bomb", "file", "number"),
+    [
+        (("sh", "/tmp/fork-bomb"), "pids.events", "max"),
+        (("python3", "-I", "-S", "-c", MEMORY_BOMB), "memory.events", "oom_kill"),
+    ],
+    ids=["forks", "eats"],
+)
+async def test_a_command_starts_while_another_one_takes_all_that_it_can_get(
+    abused: Machine, abuser: AgentClient, bomb: tuple[str, ...], file: str, number: str
 ) -> None:
+    # From a file, as a shell script that someone runs.
+    await shell(abuser, f"echo '{FORK_BOMB}; sleep 1000' >/tmp/fork-bomb")
     async with answering(abused), lifeline(abused.address) as line:
         async with open_client(abused.address) as client:
-            # From a file, as a shell script that someone runs.
-            bomb = "/tmp/fork-bomb"
-            await shell(abuser, f"echo '{FORK_BOMB}; sleep 1000' >{bomb}")
-            command = ("sh", "-c", line.script(f"sh {bomb}"))
-            await client.send(requests.VmExec(command=command))
+            # The first of its processes may be the one that is killed for memory.
+            script = line.script('"$@"; sleep 1000')
+            await client.send(requests.VmExec(command=("sh", "-c", script, "sh", *bomb)))
             with trio.fail_after(PATIENCE_S):
-                refused = await execute(abuser, "python3", "-I", "-S", "-c", FORK_IS_REFUSED)
-            assert refused.exit_code == 0, refused
+                reached = await execute(
+                    abuser, "python3", "-I", "-S", "-c", GROWS, f"{WORKLOADS}/{file}", number
+                )
+            assert reached.exit_code == 0, reached
             with trio.fail_after(3):
                 assert await shell(abuser, "echo alive") == "alive\n"
         with trio.fail_after(PATIENCE_S):

@@ -48,23 +48,35 @@ def test_a_fork_bomb_fits_into_the_memory_and_leaves_processes_for_another_comma
     assert limits.command_pids * 2 <= limits.pids
 
 
+@pytest.mark.parametrize("limits", [SMALL, USUAL, LARGE])
+def test_one_command_leaves_memory_for_another_to_start(limits: Limits) -> None:
+    assert limits.memory_bytes is not None
+    assert limits.command_memory_bytes is not None
+    spared = limits.memory_bytes - limits.command_memory_bytes
+    assert spared >= 8 * MIB
+    assert spared < limits.memory_bytes // 8
+
+
 def test_the_largest_pid_bounds_the_processes_of_a_large_vm() -> None:
     assert (USUAL.pids, USUAL.command_pids) == (1868, 934)
     assert (LARGE.pids, LARGE.command_pids) == (16384, 8192)
 
 
 def test_what_is_given_goes_before_what_the_machine_has() -> None:
-    mine = Limits.inspect(memory=64 * MIB, pids="max", command_pids=7)
-    assert (mine.memory_bytes, mine.pids, mine.command_pids) == (64 * MIB, None, 7)
-    machine = Limits.inspect()
-    assert machine.memory_bytes is not None
-    assert machine.memory_bytes > 0
-    assert mine.agent_memory_bytes == machine.agent_memory_bytes
-
-
-def test_of_a_given_number_of_processes_a_command_gets_half() -> None:
-    assert Limits.inspect(pids=100).command_pids == 50
+    mine = Limits.inspect(memory=320 * MIB, pids=100)
+    assert (mine.memory_bytes, mine.command_memory_bytes) == (320 * MIB, 300 * MIB)
+    assert (mine.pids, mine.command_pids) == (100, 50)
+    assert mine.agent_memory_bytes == Limits.inspect().agent_memory_bytes
+    assert Limits.inspect(pids=100, command_pids=7).command_pids == 7
+    assert Limits.inspect(memory=8 * MIB).command_memory_bytes == 4 * MIB
     assert Limits.inspect(pids=1).command_pids == 1
+
+
+def test_no_limit_of_all_is_none_of_one_either_unless_it_is_given() -> None:
+    mine = Limits.inspect(memory="max", pids="max")
+    assert mine.memory_bytes is mine.command_memory_bytes is None
+    assert mine.pids is mine.command_pids is None
+    assert Limits.inspect(pids="max", command_pids=7).command_pids == 7
     assert Limits.inspect(pids=100, command_pids="max").command_pids is None
 
 
