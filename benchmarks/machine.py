@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from initramfs.demo import _push_busybox
+from initramfs.demo import push_busybox
 from initramfs.local_registry import local_registry
 from protocol import requests, responses
 from protocol.client import expect, open_client
@@ -64,7 +64,7 @@ def booted_with_image(image_folder: Path) -> Iterator[Machine]:
         shutil.copytree(Path(__file__).parent, folder / "host/benchmarks", ignore=ignored)
         # The registry is no part of what is measured, and nobody's to clear away if we are killed.
         with local_registry() as registry:
-            image = _push_busybox(folder, registry.address)
+            image = push_busybox(folder, registry.address)
             booted = _booted(folder, image_folder, registry.address)
             boot_pid, address = machine.enter_context(booted)
             trio.run(_pull, address, image)

@@ -78,7 +78,7 @@ def _demonstrate(arguments: argparse.Namespace) -> int:
         else:
             with _step("A registry on loopback, with an image made of Debian's busybox"):
                 server = stack.enter_context(local_registry())
-                image = _Image(_push_busybox(directory, server.address))
+                image = _Image(push_busybox(directory, server.address))
             command = command or GREETING
         kind = "machine of namespaces" if arguments.machine == "namespaces" else "microVM"
         with _step(f"A {kind} boots, and its agent answers"):
@@ -114,7 +114,7 @@ class _Image:
         return self.reference.replace(self.loopback_registry, f"{guest.loopback}{colon}{port}", 1)
 
 
-def _push_busybox(directory: Path, registry: str) -> str:
+def push_busybox(directory: Path, registry: str) -> str:
     """Make an image of the machine's static busybox and push it; its reference."""
     for program, package in TOOLS.items():
         if shutil.which(program) is None:

@@ -55,21 +55,33 @@ async def converse(
     what it raises comes before any answer.
     """
     timeout_s = seconds(request.timeout_ms)
-    begun = trio.current_time()
+    asked_at = trio.current_time()
     if started is not None:
         with trio.move_on_after(float("inf") if timeout_s is None else timeout_s):
             await started()
     if timeout_s is not None:
-        timeout_s = max(0.0, timeout_s - (trio.current_time() - begun))
-    await channel.send(responses.Started())
+        timeout_s = max(0.0, timeout_s - (trio.current_time() - asked_at))
+    begun = trio.Event()
+
+    async def begin() -> None:
+        await channel.send(responses.Started())
+        begun.set()
+
+    async def send(stream: Stream, data: bytes) -> None:
+        await begun.wait()
+        await channel.send(_ANSWERS[stream](data))
+
+    # Beside the rest: a reader that takes not even the first answer stops no time limit.
     with _a_cancellation_is_all():
-        outcome = await attach(
-            process,
-            partial(_send, channel),
-            partial(_receive, channel),
-            stdin_data=request.stdin_data,
-            timeout_s=timeout_s,
-        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(begin)
+            outcome = await attach(
+                process,
+                send,
+                partial(_receive, channel),
+                stdin_data=request.stdin_data,
+                timeout_s=timeout_s,
+            )
     return exited(outcome)
 
 
@@ -85,10 +97,6 @@ def _a_cancellation_is_all() -> Iterator[None]:
             raise
         log.debug("cancelled, and meanwhile: %r", failures)
         raise cancellations from None
-
-
-async def _send(channel: Channel, stream: Stream, data: bytes) -> None:
-    await channel.send(_ANSWERS[stream](data))
 
 
 async def _receive(channel: Channel) -> bytes | Size | None:

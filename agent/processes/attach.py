@@ -38,7 +38,7 @@ async def attach(
     stalled. Errors of ``send`` and ``receive`` end it; neither they nor a cancellation kill
     anything: that is for whoever started the process.
     """
-    drain = Drain()
+    drain = Drain(process.turns)
     turn = trio.Lock()
 
     async def forward(stream: Stream, pipe: OutputPipe) -> None:

@@ -67,7 +67,7 @@ async def collect(
     Cancelled, it kills nothing: that is for whoever started the process.
     """
     stdout, stderr = heads = _Head(output_limit_bytes), _Head(output_limit_bytes)
-    drain = Drain()
+    drain = Drain(process.turns)
     async with trio.open_nursery() as reading, trio.open_nursery() as feeding:
         if process.stdin is not None:
             feeding.start_soon(feed, process.stdin, (stdin_data or "").encode())

@@ -34,6 +34,8 @@ class Invocation:
     directory: Path
     _pid_fifo: int
     _console: socket.socket | None
+    _peer: socket.socket | None = None
+    """crun, at the other end of the console's socket."""
     pid: int | None = None
     """Of the process in the container, as the VM sees it; None as long as crun has not told it."""
 
@@ -79,9 +81,13 @@ class Invocation:
 
             nursery.start_soon(watch)
             if self._console is not None:
-                await self._take_terminal(process, self._console)
+                while not self._take_terminal(process):
+                    await trio.lowlevel.wait_readable(self._peer or self._console)
             await trio.lowlevel.wait_readable(self._pid_fifo)
             nursery.cancel_scope.cancel()
+        if process.terminal is None:
+            # Of a command that is over already: what it has written waits in there.
+            self._take_terminal(process)
         return self.has_started()
 
     def has_started(self) -> bool:
@@ -91,15 +97,20 @@ class Invocation:
                 self.pid = int(os.read(self._pid_fifo, _PID_BYTES))
         return self.pid is not None
 
-    async def _take_terminal(self, process: Process, console: socket.socket) -> None:
-        await trio.lowlevel.wait_readable(console)
-        peer, _ = console.accept()
-        with peer:
-            peer.setblocking(False)
-            await trio.lowlevel.wait_readable(peer)
-            _, descriptors, _, _ = socket.recv_fds(peer, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+    def _take_terminal(self, process: Process) -> bool:
+        """Let the process have the terminal that crun sends; False if there is none yet."""
+        if self._console is None:
+            return False
+        try:
+            if self._peer is None:
+                self._peer, _ = self._console.accept()
+                self._peer.setblocking(False)
+            _, descriptors, _, _ = socket.recv_fds(self._peer, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return False
         if descriptors:
             process.attach_terminal(Terminal(descriptors[0]))
+        return True
 
     def complaint(self) -> str:
         """What crun said that went wrong, in one line; "" if nothing. Blocks."""
@@ -112,8 +123,9 @@ class Invocation:
     def close(self) -> None:
         """Let go of its descriptors."""
         os.close(self._pid_fifo)
-        if self._console is not None:
-            self._console.close()
+        for console in (self._console, self._peer):
+            if console is not None:
+                console.close()
 
     def remove(self) -> None:
         """Remove the directory of what joined a container: what is told above, and little else."""

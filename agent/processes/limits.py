@@ -38,6 +38,10 @@ _AGENT_CPU_WEIGHT = 1000
 # No limit, in the kernel's words and in ours.
 _MAX: Final = "max"
 
+# sched(7), "The autogroup feature": the nice value of this process's session among all sessions.
+_AUTOGROUP = Path("/proc/self/autogroup")
+_AGENT_AUTOGROUP_NICE = "-20"
+
 
 @attrs.frozen(kw_only=True)
 class Limits:
@@ -165,7 +169,11 @@ class Limits:
         """
         try:
             _write_if_there(cgroup / "memory.min", str(self.agent_memory_bytes))
-            _write_if_there(cgroup / "cpu.weight", str(_AGENT_CPU_WEIGHT))
+            if (cgroup / "cpu.weight").exists():
+                _write(cgroup / "cpu.weight", str(_AGENT_CPU_WEIGHT))
+            else:
+                # Without a controller each session counts as much as another, the agent's too.
+                _write_if_there(_AUTOGROUP, _AGENT_AUTOGROUP_NICE)
         except OSError as error:
             log.warning("the agent is not protected from workloads: %s", cause_of(error))
 

@@ -59,6 +59,8 @@ class Process:
     """What it reads; None where that is /dev/null. A ``Terminal`` where it has one."""
     outputs: dict[Stream, OutputPipe]
     """What it writes, as far as the agent is to read it."""
+    turns: trio.Semaphore
+    """For reading that, which processes take in turns; see ``new_turns``."""
     _pidfd: int
     _started_at: float
     _usage: resource.struct_rusage | None = None
@@ -188,6 +190,7 @@ def start_process(
     command: Command,
     stdio: Stdio,
     cgroup: Cgroup | None,
+    turns: trio.Semaphore,
     unprotected: AbstractContextManager[None],
 ) -> Process:
     """Start ``command`` in a cgroup of its own, which stays the caller's if this fails.
@@ -235,6 +238,7 @@ def start_process(
         cgroup=cgroup,
         stdin=terminal or (InputPipe(stdin) if stdin is not None else None),
         outputs=pipes,
+        turns=turns,
         pidfd=pidfd,
         started_at=started_at,
     )

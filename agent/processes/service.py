@@ -16,6 +16,7 @@ from agent.errors import cause_of, failing_as
 from agent.processes.cgroup import Cgroup, CgroupTree
 from agent.processes.collect import OUTPUT_LIMIT_BYTES, Collected, collect, feed
 from agent.processes.command import Command
+from agent.processes.drain import new_turns
 from agent.processes.limits import AppliedLimits, Limits
 from agent.processes.oom_protection import OomProtection
 from agent.processes.output_log import OutputLog, OutputLogs
@@ -46,6 +47,7 @@ class Processes:
     """Of the agent, for what outlives a connection."""
     limits: AppliedLimits
     _protection: OomProtection
+    _turns: trio.Semaphore = attrs.field(factory=new_turns)
     _starts: trio.CapacityLimiter = attrs.field(
         factory=partial(trio.CapacityLimiter, _STARTS_AT_ONCE)
     )
@@ -193,7 +195,7 @@ class Processes:
             if cgroup is not None:
                 with failing_as(ErrorCode.SPAWN_FAILED, f"limit {command.argv[0]}"):
                     self.limits.limit_command(cgroup.path)
-            return start_process(command, stdio, cgroup, self._protection.lifted())
+            return start_process(command, stdio, cgroup, self._turns, self._protection.lifted())
         except BaseException:
             if cgroup is not None:
                 cgroup.remove()

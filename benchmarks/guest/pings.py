@@ -47,15 +47,14 @@ def ping(setting: Setting) -> Ratio:
 
 
 def loaded_ping(setting: Setting) -> Ratio:
-    """One ping in a hundred takes so long, beside what keeps the agent busy.
-
-    Who pings goes before everybody else, as a host does that is another machine: its own waiting
-    for a processor is not the agent's.
-    """
+    """One ping in a hundred takes so long, beside what keeps the agent busy."""
+    name = f"ping, p99, {STREAMING} stream, {IDLE} idle"
     seconds = setting.count(full=6, quick=1)
     streamed: list[float] = []
+    # Who pings goes before everybody else, as a host does that is another machine: its own waiting
+    # for a processor is not the agent's.
     os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    with Connection() as agent, _weighted_as_in_vm(agent.peer_pid):
+    with Connection() as agent:
         durations(100, partial(_ping, agent))
 
         def loaded() -> float:
@@ -69,7 +68,7 @@ def loaded_ping(setting: Setting) -> Ratio:
             setting.count(full=5, quick=1), loaded, lambda: _p99_over(seconds, agent)
         )
     return Ratio(
-        name=f"ping, p99, {STREAMING} stream, {IDLE} idle",
+        name=name,
         ours=ours * 1e3,
         reference=idle * 1e3,
         against="the same at rest",
@@ -94,24 +93,6 @@ def _p99_over(seconds: float, agent: Connection) -> float:
         time.sleep(PAUSE_S)
         taken += durations(1, partial(_ping, agent))
     return p99(taken)
-
-
-@contextmanager
-def _weighted_as_in_vm(agent: int) -> Iterator[None]:
-    """Give the agent the weight against its commands that its cgroup has where it is init's.
-
-    There is no cpu controller in a machine of namespaces, but sched(7)'s autogroups: each command
-    is a session, and so counts as much as the agent does.
-    """
-    weight = Path(f"/proc/{agent}/autogroup")
-    if not weight.exists():
-        yield
-        return
-    weight.write_text("-20")
-    try:
-        yield
-    finally:
-        weight.write_text("0")
 
 
 @contextmanager

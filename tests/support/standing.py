@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -141,15 +141,19 @@ async def end_container(machine: Machine, container_id: str) -> None:
                 await trio.lowlevel.wait_readable(process)
 
 
-async def settled(machine: Machine) -> None:
-    """Wait until the agent has cleaned up after every container; all of them are ending."""
+async def settled(machine: Machine, *kept: str) -> None:
+    """Wait until the agent has cleaned up after all commands in containers, and all containers but
+    those of `kept` ids: what ran in them ends or has ended."""
     places = (f"{RUN_DIR}/containers", f"{CGROUPS}/containers", f"{CGROUPS}/privileged")
     for directory in map(machine.path, places):
-        await until(partial(_has_no_directories, directory), directory)
+        await until(partial(_holds_only, directory, kept), directory)
+    for container_id in kept:
+        path = cgroup_of_container(machine, container_id).path
+        await until(partial(_holds_only, path, ("first",)), path)
 
 
-def _has_no_directories(path: Path) -> bool:
-    return not any(entry.is_dir() for entry in path.iterdir())
+def _holds_only(path: Path, names: Sequence[str]) -> bool:
+    return all(entry.name in names or not entry.is_dir() for entry in path.iterdir())
 
 
 async def leftovers(client: AgentClient) -> dict[str, str]:
@@ -160,7 +164,7 @@ async def leftovers(client: AgentClient) -> dict[str, str]:
         "overlays": "ls -A /storage/overlays",
         # crun keeps a cache there, and logs outlive what they are of.
         "files": f"cd {RUN_DIR}; find containers runs crun ! -name '.*' | sort",
-        "processes": "ls -d /proc/[0-9]* | wc -l",
+        "processes": f"cd {CGROUPS}; find containers privileged -name cgroup.procs | xargs cat",
     }
     return {what: await shell(client, script) for what, script in scripts.items()}
 

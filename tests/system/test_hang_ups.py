@@ -164,7 +164,7 @@ async def warm_up(machine: Machine, image: str) -> None:
         await shell(client, ":")
 
 
-@examples(quick=250, soak=20_000)
+@examples(quick=300, soak=20_000)
 @given(hang_up=HANG_UPS)
 async def test_nothing_of_a_command_is_left(guest: Machine, hang_up: HangUp) -> None:
     with lifeline_in(guest) as line:
@@ -214,6 +214,21 @@ async def test_a_container_that_is_to_stay_is_left_whole_or_not_at_all(
             assert Left.of(guest).since(before) == []
 
 
+@pytest.mark.parametrize("fields", [{"interactive": True}, {"tty": True}], ids=str)
+async def test_a_shutdown_behind_a_session_happens_though_its_sender_leaves_at_once(
+    tmp_path: Path, fields: dict[str, bool]
+) -> None:
+    with booted(tmp_path) as machine:
+        with lifeline_in(machine) as line:
+            async with open_client(machine.address) as client:
+                request = requests.VmExec(("sh", "-c", line.script("yes")), **fields)
+                await client.send(request)
+                await line.heard()
+                await client.send(requests.Shutdown())
+                # Closing over unread output makes it a reset for the agent, and not an end.
+        assert await trio.to_thread.run_sync(machine.wait) == 0
+
+
 def in_container(images: Images, hang_up: HangUp, line: Lifeline, **fields: str) -> requests.Run:
     script = line.script(SCRIPTS[hang_up.does])
     return requests.Run(images.busybox.reference, ("sh", "-c", script), **hang_up.fields, **fields)
@@ -227,14 +242,16 @@ async def nothing_is_left(
 ) -> None:
     async with open_client(machine.address) as other:
         await other.request(requests.Ping())
-        before = Left.of(machine)
+        before, said = Left.of(machine), len(machine.console_text())
         with trio.move_on_after(PATIENCE_S):
             await carry_out(machine, hang_up, request, other)
             while Left.of(machine).since(before):
-                # It ended by itself at that moment, and what is in its pipes is still being dropped.
+                # It ended by itself at that moment: what its pipes hold is still being dropped.
                 await other.request(requests.Ping())
         assert Left.of(machine).since(before) == []
         assert line.is_let_go()
+        # A hang-up is nothing to complain about.
+        assert '"level": "error"' not in machine.console_text()[said:]
 
 
 async def carry_out(

@@ -3,8 +3,10 @@
 import base64
 import hashlib
 import time
+from contextlib import AsyncExitStack
 from typing import Any
 
+import attrs
 import pytest
 import trio
 
@@ -14,6 +16,7 @@ from tests.protocol.sessions import pattern
 from tests.support.execution import execute, lifeline, refusal, shell
 from tests.support.lifelines import lifeline_in
 from tests.support.machine import Machine
+from tests.support.rounds import rounds
 from tests.support.run_sessions import FILL, Session, answers_to, session, stdout_in
 from tests.support.watch import until
 from tests.support.wire import Wire, open_wire
@@ -225,6 +228,21 @@ async def test_input_and_sizes_after_the_end_are_dropped(client: AgentClient) ->
         responses.Started(),
         responses.Exited(0),
     ]
+
+
+@pytest.mark.parametrize("fields", [{}, {"background": True}], ids=str)
+async def test_input_and_sizes_for_a_command_without_a_session_are_dropped(
+    client: AgentClient, fields: dict[str, bool]
+) -> None:
+    request = requests.VmExec(("sh", "-c", "sleep 0.1; cat"), **fields)
+    async with client.stream(request) as answers:
+        await client.send(requests.Stdin(b"to nobody"))
+        await client.send(requests.Resize(100, 30))
+        await client.send(requests.Stdin(b""))
+        (answer,) = [answer async for answer in answers]
+    assert isinstance(answer, responses.Completed)
+    assert b"nobody" not in answer.stdout
+    assert isinstance(await client.request(requests.Ping()), responses.Pong)
 
 
 async def test_requests_behind_a_session_are_answered_after_it(machine: Machine) -> None:
@@ -489,17 +507,59 @@ async def test_a_command_that_has_closed_its_streams_costs_the_agent_nothing(
     assert exited == responses.Exited(0)
 
 
+async def test_commands_that_wait_cost_the_agent_nothing(machine: Machine) -> None:
+    async with AsyncExitStack() as stack:
+        for number in range(20):
+            request = requests.VmExec(("cat",), interactive=True, tty=number % 2 == 0)
+            await stack.enter_async_context(session(machine.address, request))
+        client = await stack.enter_async_context(open_client(machine.address))
+        request = requests.VmExec(("sleep", "2"), background=True)
+        for _ in range(10):
+            await client.request(request)
+        before = machine.agents_cpu_s()
+        await execute(client, "sleep", "1")
+        assert machine.agents_cpu_s() - before < 0.1
+
+
+async def test_what_is_typed_and_shown_is_nobody_elses(machine: Machine) -> None:
+    secret = "hunter2-do-not-tell"
+    for fields in ({"interactive": True}, {"tty": True}):
+        env = (("TOKEN", secret),)
+        request = requests.VmExec(
+            ("sh", "-c", "echo $TOKEN; cat"), env, stdin_data=secret, **fields
+        )
+        async with session(machine.address, request) as talk:
+            await talk.send(f"{secret}\n")
+            await talk.see(secret.encode())
+            await talk.send("")
+            await talk.exited()
+        async with open_client(machine.address) as client:
+            await refusal(client, attrs.evolve(request, command=("no-such",)))
+            await client.send(requests.Stdin(secret.encode()))
+            assert isinstance(await client.request(requests.Ping()), responses.Pong)
+    said = machine.console_text()
+    assert secret not in said
+    assert secret.encode().hex() not in said
+    assert base64.b64encode(secret.encode()).decode() not in said
+
+
 async def test_nothing_of_many_sessions_stays_behind(machine: Machine) -> None:
     async with open_client(machine.address) as client:
-        await answers_to(client, interactive("true", ""))
-        files = machine.agents_open_files()
-        groups = await shell(client, "find /sys/fs/cgroup -type d | wc -l")
-        for number in range(100):
+
+        async def session_of(number: int) -> None:
             request = requests.VmExec(
                 ("sh", "-c", "echo x; exit 1"), interactive=True, tty=number % 2 == 0
             )
             assert (await answers_to(client, request))[-1] == responses.Exited(1)
+
+        for number in range(20):
+            await session_of(number)
+        files, memory = machine.agents_open_files(), machine.agents_memory_bytes()
+        groups = await shell(client, "find /sys/fs/cgroup -type d | wc -l")
+        for number in range(rounds(100, 10_000)):
+            await session_of(number)
         assert machine.agents_open_files() <= files + 2
+        assert machine.agents_memory_bytes() < memory + 8 * MIB
         assert await shell(client, "find /sys/fs/cgroup -type d | wc -l") == groups
 
 

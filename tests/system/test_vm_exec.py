@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 import trio
 
+from agent.processes.cgroup import Cgroup
 from protocol import requests, responses
 from protocol.client import AgentClient, open_client
 from tests.support.execution import execute, lifeline, refusal, shell
+from tests.support.lifelines import lifeline_in
 from tests.support.machine import Machine
+from tests.support.rounds import rounds
+from tests.support.watch import until
 from tests.support.wire import open_wire
 
 STREAM_LIMIT = 11 * 1024 * 1024
@@ -58,10 +62,39 @@ async def test_the_working_directory_is_the_root_or_the_requests(client: AgentCl
     assert (await execute(client, "pwd", workdir="/etc")).stdout == b"/etc\n"
 
 
+async def test_it_runs_as_root_in_the_machine_itself(machine: Machine, client: AgentClient) -> None:
+    done = await execute(client, "id", "-u")
+    assert done.stdout == b"0\n"
+    namespaces = [machine.path(f"/proc/1/ns/{kind}").readlink() for kind in ("pid", "mnt", "net")]
+    done = await execute(
+        client, "sh", "-c", "for n in pid mnt net; do readlink /proc/self/ns/$n; done"
+    )
+    assert done.stdout.decode().split() == list(map(str, namespaces))
+
+
 async def test_stdin_is_empty_or_what_the_request_brings(client: AgentClient) -> None:
     assert (await execute(client, "cat")).stdout == b""
     done = await execute(client, "readlink", "/proc/self/fd/0")
     assert done.stdout == b"/dev/null\n"
+    assert (await execute(client, "cat", stdin_data="")).stdout == b""
+    assert (await execute(client, "cat", stdin_data="grüße\0\n")).stdout == "grüße\0\n".encode()
+
+
+async def test_stdin_and_output_of_megabytes_pass_each_other(client: AgentClient) -> None:
+    data = "0123456789abcdef" * (10 << 16)
+    assert (await execute(client, "cat", stdin_data=data)).stdout == data.encode()
+
+
+@pytest.mark.parametrize(
+    ("script", "output"),
+    [("echo done", b"done\n"), ("exec <&-; echo done", b"done\n"), ("head -c 3", b"xxx")],
+)
+async def test_stdin_that_is_not_read_holds_nothing_up(
+    client: AgentClient, script: str, output: bytes
+) -> None:
+    with trio.fail_after(10):
+        done = await execute(client, "sh", "-c", script, stdin_data="x" * 10_000_000)
+    assert (done.exit_code, done.stdout) == (0, output)
 
 
 async def test_signals_have_their_default_effect(client: AgentClient) -> None:
@@ -142,6 +175,25 @@ async def test_a_child_that_holds_the_output_open_delays_nothing(machine: Machin
             await line.ended()
 
 
+async def test_what_a_command_leaves_behind_outlives_its_connection_and_its_time_limit(
+    machine: Machine, client: AgentClient
+) -> None:
+    with lifeline_in(machine) as line:
+        async with open_client(machine.address) as other:
+            script = line.script("(setsid sleep 1000 &) ; sleep 1000 & echo $!")
+            done = await execute(other, "sh", "-c", script, timeout_ms=1000)
+            assert done.exit_code == 0
+            await line.heard()
+            group = await shell(client, f"grep ^0:: /proc/{done.stdout.decode().strip()}/cgroup")
+        cgroup = machine.path("/sys/fs/cgroup" + group.strip().removeprefix("0::"))
+        # Longer than the limit, which was the command's.
+        await shell(client, "sleep 1.5")
+        assert line.is_held()
+        Cgroup(cgroup).kill()
+        await line.ended()
+        await until(lambda: not cgroup.exists(), cgroup.parent)
+
+
 async def test_more_output_than_any_pipe_holds_is_complete(client: AgentClient) -> None:
     script = "head -c 5000000 /dev/zero; head -c 3000000 /dev/zero >&2"
     done = await execute(client, "sh", "-c", script)
@@ -183,12 +235,14 @@ async def test_commands_on_many_connections_run_at_once(machine: Machine) -> Non
 
 async def test_nothing_of_many_commands_stays_behind(machine: Machine) -> None:
     async with open_client(machine.address) as client:
-        await execute(client, "true")
-        files = machine.agents_open_files()
+        for _ in range(20):
+            await execute(client, "sh", "-c", "echo x; exit 1")
+        files, memory = machine.agents_open_files(), machine.agents_memory_bytes()
         groups = await shell(client, "find /sys/fs/cgroup -type d | wc -l")
-        for _ in range(100):
+        for _ in range(rounds(100, 10_000)):
             await execute(client, "sh", "-c", "echo x; exit 1")
         assert machine.agents_open_files() <= files + 2
+        assert machine.agents_memory_bytes() < memory + (8 << 20)
         assert await shell(client, "find /sys/fs/cgroup -type d | wc -l") == groups
 
 
