@@ -10,7 +10,7 @@ from attrs import frozen
 from protocol import requests, responses
 from tests.protocol.sessions import pattern
 from tests.support.run_sessions import answers_to, session, stdout_in
-from tests.support.standing import Persistent, leftovers
+from tests.support.standing import Persistent, leftovers, settled
 
 PATIENCE_S = 20
 INTERRUPT, STOP, END = "\x03", "\x1a", ""
