@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import attrs
 import trio
 
 from agent.channel import Channel
@@ -14,7 +15,7 @@ from agent.handlers.execution import Mode, completed, converse, running_as, seco
 from agent.handlers.images import stored_image
 from agent.images.content_store import StoredImage
 from agent.images.workload_id import InvalidWorkloadId, persistent_workload_id
-from agent.processes.command import Bind, ContainerCommand
+from agent.processes.command import Bind, ContainerCommand, check_words
 from agent.processes.container import Running
 from agent.processes.standing import StandingContainer
 from agent.services import Services
@@ -23,6 +24,18 @@ from protocol.errors import ErrorCode
 
 # Shared by the VM and all its containers.
 WORKSPACE = "/workspace"
+
+# A shell that evaluates its first argument, and if that went well becomes the others. However the
+# script ends, in a comment or a here-document, it does not reach what follows; its `set --` is the
+# function's, and its `set -e` holds, as it would not to the left of && or ||.
+_PREPARING = """\
+_innkeep_prepare() { eval "$1
+"; }
+_innkeep_prepare "$1"
+case $? in 0) ;; *) exit ;; esac
+shift
+exec "$@"
+"""
 
 
 async def run(request: requests.Run, channel: Channel, services: Services) -> AgentResponse:
@@ -38,8 +51,8 @@ async def run(request: requests.Run, channel: Channel, services: Services) -> Ag
         user=request.user,
         binds=await _binds(request, services),
         privileged=not request.unprivileged,
-        preparation=request.remote_volume_mount,
     )
+    command = _prepared(command, request.remote_volume_mount)
     # A container has the VM's network and name servers: they should be there by then.
     await services.network.decided()
     if workload is None:
@@ -111,6 +124,15 @@ async def _seen_to_its_end(
 
 def _takes_stdin(request: requests.Run) -> bool:
     return Mode.of(request) is Mode.INTERACTIVE or request.stdin_data is not None
+
+
+def _prepared(command: ContainerCommand, script: str | None) -> ContainerCommand:
+    """The command with a shell script before it, in its place in the container."""
+    if script is None:
+        return command
+    words = ("sh", "-c", _PREPARING, "sh", script, *command.argv)
+    check_words(words)
+    return attrs.evolve(command, argv=words)
 
 
 class _Rootfs:

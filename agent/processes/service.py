@@ -48,6 +48,8 @@ class Processes:
     limits: AppliedLimits
     _protection: OomProtection
     _turns: trio.Semaphore = attrs.field(factory=new_turns)
+    _leaving: dict[Path, trio.Event] = attrs.field(factory=dict)
+    """The cgroups that are waited for to be empty; each event comes when its cgroup has gone."""
     _starts: trio.CapacityLimiter = attrs.field(
         factory=partial(trio.CapacityLimiter, _STARTS_AT_ONCE)
     )
@@ -135,7 +137,7 @@ class Processes:
                 if process.cgroup is not None:
                     with suppress(OSError):  # it has ended, and all is over
                         process.cgroup.keep(_boottime_after(timeout_s))
-                    self.lifetime.start_soon(_see_off, process.cgroup, timeout_s)
+                    self.lifetime.start_soon(self._see_off, process.cgroup, timeout_s)
                 self.lifetime.start_soon(self._keep_log, output, reader)
                 self.lifetime.start_soon(_see_to_background, process, pid, stdin_data)
         return pid
@@ -216,7 +218,7 @@ class Processes:
             return
         if process.cgroup is not None and not cgroup_is_gone and has_ended_itself:
             process.cgroup.keep()
-        self.lifetime.start_soon(_outlive, process)
+        self.lifetime.start_soon(self._outlive, process)
 
     async def _keep_log(self, output: OutputLog, reader: OutputPipe) -> None:
         try:
@@ -251,7 +253,49 @@ class Processes:
             timeout_s = _time_left(cgroup.kept_until())
             for pipe in adopt(cgroup.pids()):
                 self.lifetime.start_soon(_drop, pipe)
-        self.lifetime.start_soon(_see_off, cgroup, timeout_s)
+        self.lifetime.start_soon(self._see_off, cgroup, timeout_s)
+
+    async def seen_off(self, parent: Path, *, but: str | None = None) -> None:
+        """Return when the cgroups in ``parent`` that go when they are empty have gone.
+
+        ``but`` is the name of one that is not waited for. To remove one from under who waits for it
+        is to leave that waiting: the kernel's word that it is empty comes up to 10 ms late, and
+        not at all when there is no such cgroup any more.
+        """
+        while leaving := [
+            gone
+            for path, gone in self._leaving.items()
+            if path.parent == parent and path.name != but
+        ]:
+            await leaving[0].wait()
+
+    async def _outlive(self, process: Process) -> None:
+        """Drop what is still written, and clean up when nobody is left to write."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for pipe in process.outputs.values():
+                    nursery.start_soon(_drop, pipe)
+                await process.wait()
+                if process.cgroup is not None:
+                    await self._see_off(process.cgroup)
+        finally:
+            process.close()
+
+    async def _see_off(self, cgroup: Cgroup, timeout_s: float | None = None) -> None:
+        """Remove a cgroup when it is empty; after ``timeout_s`` what still runs there is killed."""
+        gone = self._leaving[cgroup.path] = trio.Event()
+        try:
+            if timeout_s is not None:
+                with trio.move_on_after(timeout_s) as limit:
+                    await cgroup.emptied()
+                if limit.cancelled_caught:
+                    await kill_all(cgroup)
+            await cgroup.removed()
+        except OSError as error:
+            log.error("remove %s: %s", cgroup.path, cause_of(error))
+        finally:
+            del self._leaving[cgroup.path]
+            gone.set()
 
 
 @asynccontextmanager
@@ -295,19 +339,6 @@ async def open_processes(
             tree.close()
 
 
-async def _outlive(process: Process) -> None:
-    """Drop what is still written, and clean up when nobody is left to write."""
-    try:
-        async with trio.open_nursery() as nursery:
-            for pipe in process.outputs.values():
-                nursery.start_soon(_drop, pipe)
-            await process.wait()
-            if process.cgroup is not None:
-                await _see_off(process.cgroup)
-    finally:
-        process.close()
-
-
 async def _see_to_background(process: Process, pid: int, stdin_data: str | None) -> None:
     """Feed a background command and reap it."""
     try:
@@ -327,19 +358,6 @@ async def _drop(pipe: OutputPipe) -> None:
             pass
     finally:
         pipe.close()
-
-
-async def _see_off(cgroup: Cgroup, timeout_s: float | None = None) -> None:
-    """Remove a cgroup when it is empty; after ``timeout_s``, what still runs in it is killed."""
-    try:
-        if timeout_s is not None:
-            with trio.move_on_after(timeout_s) as limit:
-                await cgroup.emptied()
-            if limit.cancelled_caught:
-                await kill_all(cgroup)
-        await cgroup.removed()
-    except OSError as error:
-        log.error("remove %s: %s", cgroup.path, cause_of(error))
 
 
 def _boottime_after(timeout_s: float | None) -> float | None:

@@ -29,6 +29,7 @@ from agent.processes.bundle import INIT_PATH
 from agent.processes.cgroup import Cgroup
 from agent.processes.command import Bind, ContainerCommand
 from agent.processes.container import ContainerRuntime
+from agent.processes.process import kill_all
 from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,9 @@ class StandingContainer:
     binds: dict[str, Bind]
     """What was mounted into it at requests' wishes, by where it is."""
     _pidfd: int
-    commands: int = 0
+    _commands: int = 0
     """That are running in the foreground, or about to."""
+    _nobody_in: trio.Event = attrs.field(factory=trio.Event)
     ended: trio.Event = attrs.field(factory=trio.Event)
 
     @property
@@ -75,7 +77,7 @@ class StandingContainer:
 
     def is_idle(self) -> bool:
         """Whether it holds nothing but the agent's own init."""
-        if not self.has_own_init or self.commands:
+        if not self.has_own_init or self._commands:
             return False
         try:
             return all(
@@ -86,6 +88,22 @@ class StandingContainer:
             )
         except FileNotFoundError:  # it has ended, and its cgroup went with it
             return False
+
+    def enter(self) -> None:
+        """A command is about to run in it; ``leave`` when it has ended, or will not."""
+        self._commands += 1
+
+    def leave(self) -> None:
+        """The end of what ``enter`` began."""
+        self._commands -= 1
+        if not self._commands:
+            self._nobody_in.set()
+            self._nobody_in = trio.Event()
+
+    async def left(self) -> None:
+        """Return when no command runs in its foreground."""
+        while self._commands:
+            await self._nobody_in.wait()
 
     async def wait(self) -> None:
         """Return when its first process has ended, and the kernel has ended all others with it."""
@@ -155,11 +173,11 @@ class StandingContainers:
         """
         async with self._turn(workload):
             container = await self._found_or_started(workload, command, rootfs)
-            container.commands += 1
+            container.enter()
         try:
             yield container
         finally:
-            container.commands -= 1
+            container.leave()
 
     async def _found_or_started(
         self,
@@ -220,7 +238,7 @@ class StandingContainers:
                     nursery.start_soon(self._end, container)
                 elif container.has_own_init:
                     container.suspend()
-                    self._runtime.processes.lifetime.start_soon(_end_when_idle, container)
+                    self._runtime.processes.lifetime.start_soon(self._end_when_idle, container)
 
     def of(self, workload: str) -> list[StandingContainer]:
         """Those of a workload that run, the newest last; the end of one may not be seen to yet."""
@@ -306,11 +324,18 @@ class StandingContainers:
         with trio.move_on_after(_DEATH_S):
             await container.ended.wait()
 
+    async def _end_when_idle(self, container: StandingContainer) -> None:
+        """Kill a container's own init when it has no other process any more."""
+        await container.left()
+        await self._runtime.processes.seen_off(container.cgroup.path, but=_FIRST)
+        container.cgroup.kill()
+
     async def _see_off(self, container: StandingContainer) -> None:
         """Clean up after a container that has ended."""
         try:
             await container.wait()
-            container.cgroup.kill()
+            await kill_all(container.cgroup)
+            await self._runtime.processes.seen_off(container.cgroup.path)
             await _remove(container.cgroup)
             await self._runtime.in_thread(self._runtime.forget, container.directory)
             siblings = self._by_workload[container.workload]
@@ -411,15 +436,6 @@ def _start_ticks(pid: int) -> int:
         return -1
     state, *fields = stat.rpartition(")")[2].split()
     return -1 if state in "ZX" or int(fields[5]) & _PF_EXITING else int(fields[18])
-
-
-async def _end_when_idle(container: StandingContainer) -> None:
-    """Kill a container's own init when it has no other process any more."""
-    with suppress(FileNotFoundError):
-        for cgroup in Cgroup.all_in(container.cgroup.path):
-            if cgroup.path.name != _FIRST:
-                await cgroup.emptied()
-    container.cgroup.kill()
 
 
 async def _remove(cgroup: Cgroup) -> None:

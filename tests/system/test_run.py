@@ -1,16 +1,33 @@
 """Commands in containers: crun, the image's configuration, isolation."""
 
 import time
+from typing import Any
 
 import pytest
 import trio
+from attrs import frozen
 
 from protocol import requests, responses
 from protocol.client import AgentClient, open_client
 from tests.support.execution import lifeline, pull, refusal, run, shell
 from tests.support.images import Images
 from tests.support.machine import Machine
+from tests.support.standing import Persistent, whole_output
 from tests.support.watch import until
+
+STREAM_LIMIT = 11 * 1024 * 1024
+
+
+@frozen
+class Prepared:
+    """Where commands run that a script prepares."""
+
+    overlay: Persistent
+    overlay_id: str | None
+
+    async def run(self, script: str | None, *command: str, **fields: Any) -> responses.Completed:
+        fields = {"remote_volume_mount": script, "persistent_overlay_id": self.overlay_id, **fields}
+        return await self.overlay.run(*command, **fields)
 
 
 @pytest.fixture
@@ -270,6 +287,185 @@ async def test_whiteouts_hold_in_the_container(client: AgentClient, images: Imag
     assert b"only this" not in done.stdout
     assert b"a file now\na directory now\n" in done.stdout
     assert b"/link" in done.stderr
+
+
+# Sentences about running processes that hold in containers too
+
+
+async def test_an_image_that_is_not_here_is_not_found(client: AgentClient) -> None:
+    error = await refusal(client, requests.Run(image="localhost:1/absent", command=("true",)))
+    assert error.code == "NOT_FOUND"
+    assert "localhost:1/absent" in error.message
+
+
+async def test_an_image_is_found_by_any_spelling_of_it(client: AgentClient, busybox: str) -> None:
+    repository, _, tag = busybox.rpartition(":")
+    digest = (await pull(client, busybox))["reference"]
+    for spelling in (busybox, digest, f"{repository}:{tag}"):
+        assert (await run(client, spelling, "echo", "found")).stdout == b"found\n"
+
+
+async def test_the_requests_input_is_all_of_it(client: AgentClient, busybox: str) -> None:
+    text = "größe\n" * 100_000
+    done = await run(client, busybox, "cat", stdin_data=text)
+    assert done.stdout.decode() == text
+    assert (await run(client, busybox, "cat", stdin_data="")).stdout == b""
+
+
+async def test_arguments_arrive_as_they_are(client: AgentClient, busybox: str) -> None:
+    words = ("$HOME", "a b", "*", "", "größe", "new\nline", "'\"")
+    done = await run(client, busybox, "printf", "<%s>", *words)
+    assert done.stdout.decode() == "".join(f"<{word}>" for word in words)
+
+
+async def test_a_time_limit_of_nothing_ends_at_once(client: AgentClient, busybox: str) -> None:
+    with trio.fail_after(10):
+        done = await run(client, busybox, "sleep", "1000", timeout_ms=0)
+    assert (done.exit_code, done.timed_out) == (124, True)
+
+
+async def test_a_time_limit_that_is_kept_changes_nothing(client: AgentClient, busybox: str) -> None:
+    assert (await run(client, busybox, "sh", "-c", "exit 3", timeout_ms=60_000)).exit_code == 3
+
+
+async def test_output_beyond_a_frame_keeps_its_head_and_says_so(
+    client: AgentClient, busybox: str
+) -> None:
+    script = f"head -c {STREAM_LIMIT} /dev/zero; echo beyond; head -c 9000000 /dev/zero; exit 7"
+    done = await run(client, busybox, "sh", "-c", script)
+    assert (done.exit_code, len(done.stdout)) == (7, STREAM_LIMIT)
+    assert (done.stdout_truncated, done.stderr_truncated) == (True, False)
+    assert b"truncated" in done.stderr
+
+
+async def test_signals_have_their_default_effect(client: AgentClient, busybox: str) -> None:
+    with trio.fail_after(10):
+        done = await run(client, busybox, "sh", "-c", "yes | head -n 1")
+    assert done.stdout == b"y\n"
+    status = await run(client, busybox, "grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status")
+    assert set(status.stdout.split()[1::2]) == {b"0" * 16}
+
+
+async def test_no_descriptor_of_the_agents_is_in_a_container(
+    machine: Machine, client: AgentClient, busybox: str
+) -> None:
+    async with open_client(machine.address) as other:
+        await shell(other, "true")
+        done = await run(client, busybox, "ls", "/proc/self/fd")
+    # 0, 1 and 2, and the directory that ls itself reads.
+    assert done.stdout == b"0\n1\n2\n3\n"
+
+
+async def test_what_a_command_leaves_behind_ends_with_its_container_and_delays_nothing(
+    machine: Machine, client: AgentClient, busybox: str
+) -> None:
+    async with lifeline(machine.address, "/storage/workspace", "/workspace") as line:
+        begun = time.monotonic()
+        script = line.script("(setsid sh -c 'trap : TERM HUP; sleep 1000' &); echo done")
+        done = await run(client, busybox, "sh", "-c", script)
+        assert (done.exit_code, done.stdout) == (0, b"done\n")
+        assert time.monotonic() - begun < 5
+        await line.ended()
+
+
+# A shell script that comes before the command, for what hosts mount by their own tools
+
+
+@pytest.fixture(params=["ephemeral", "first", "joined"])
+async def prepared(request: pytest.FixtureRequest, persistent: Persistent) -> Prepared:
+    """Runs commands with a `remote_volume_mount`, in a new container or in one that runs."""
+    if request.param == "joined":
+        await persistent.run("true")
+    return Prepared(persistent, None if request.param == "ephemeral" else persistent.id)
+
+
+async def test_the_script_runs_before_the_command_and_in_its_place(prepared: Prepared) -> None:
+    script = "echo from the script; export EXPORTED='a b'; echo file >/tmp/file; cd /etc"
+    then = 'echo "$EXPORTED" $GREETER; cat /tmp/file; pwd; id -un'
+    done = await prepared.run(script, "sh", "-c", then, user="guest")
+    assert done.exit_code == 0
+    assert done.stdout == b"from the script\na b busybox\nfile\n/etc\nguest\n"
+
+
+async def test_its_mounts_are_seen_by_the_command(prepared: Prepared) -> None:
+    script = "mkdir -p /volume && mount -t tmpfs none /volume && echo remote >/volume/file"
+    done = await prepared.run(script, "cat", "/volume/file", unprivileged=False)
+    assert (done.exit_code, done.stdout) == (0, b"remote\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("false", 1),
+        ("exit 42", 42),
+        ("true\nexit 43 # why", 43),
+        ("set -e\nfalse\ntrue", 1),
+        ("no-such-mounter", 127),
+        ("true; (exit 44)\n\n", 44),
+        ("echo 'unfinished", 2),
+    ],
+)
+async def test_where_it_fails_the_command_does_not_run_and_its_status_is_the_answer(
+    prepared: Prepared, script: str, code: int
+) -> None:
+    done = await prepared.run(script, "touch", "/workspace/should-not-be")
+    assert done.exit_code == code
+    assert not (prepared.overlay.machine.storage / "workspace" / "should-not-be").exists()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo mounted",
+        "echo mounted\n",
+        "echo mounted\n\n  \n",
+        "echo mounted # with care",
+        "# first\necho mounted\n# last",
+        "cat <<END\nmounted\nEND",
+        "cat <<END\nmounted\nEND\n",
+        "if true; then\n  echo mounted\nfi",
+        "false || echo mounted",
+        "echo mounted;",
+        "echo mounted &\nwait",
+        "set -eu\necho mounted",
+    ],
+)
+async def test_however_it_is_written_the_command_follows(prepared: Prepared, script: str) -> None:
+    done = await prepared.run(script, "echo", "then")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, b"mounted\nthen\n", b"")
+
+
+async def test_an_empty_script_changes_nothing(prepared: Prepared) -> None:
+    for script in ("", "\n", "# nothing", None):
+        done = await prepared.run(script, "echo", "then")
+        assert (done.exit_code, done.stdout, done.stderr) == (0, b"then\n", b"")
+
+
+async def test_the_commands_arguments_are_untouched_by_it(prepared: Prepared) -> None:
+    words = ("$HOME", "a b", "*", "", "größe", "new\nline", "'\"", "`id`", "\\")
+    done = await prepared.run("set -- other words", "printf", "<%s>", *words)
+    assert done.stdout.decode() == "".join(f"<{word}>" for word in words)
+
+
+async def test_the_images_own_command_follows_it_where_none_is_given(prepared: Prepared) -> None:
+    done = await prepared.run("GREETER=script")
+    assert (done.exit_code, done.stdout) == (0, b"hello from script\n")
+
+
+async def test_the_commands_exit_code_input_and_signals_are_its_own(prepared: Prepared) -> None:
+    done = await prepared.run("true", "sh", "-c", "cat; exit 9", stdin_data="input")
+    assert (done.exit_code, done.stdout) == (9, b"input")
+    # Nothing stands between: the shell has become the command.
+    assert (await prepared.run("true", "sh", "-c", "kill -TERM $$; exit 3")).exit_code in (143, 3)
+    status = await prepared.run("true", "grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status")
+    assert b"SigBlk:\t0000000000000000" in status.stdout
+
+
+async def test_a_detached_commands_script_comes_first_too(persistent: Persistent) -> None:
+    container_id = await persistent.detach("echo $WORD", remote_volume_mount="export WORD=word")
+    assert await whole_output(persistent.machine, container_id) == b"word\n"
+    pid = await persistent.background("echo $WORD", remote_volume_mount="export WORD=word")
+    assert await whole_output(persistent.machine, pid) == b"word\n"
 
 
 def _ids(line: str) -> tuple[str, str, frozenset[str]]:

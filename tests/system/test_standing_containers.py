@@ -561,6 +561,7 @@ async def test_a_host_that_hangs_up_while_its_container_starts_leaves_no_half_of
             await trio.sleep(milliseconds / 1000)
         assert await first_process(persistent) == f"{INIT} -P"
         assert len(persistent.containers()) == 1
+        await persistent.end()
         await persistent.cleanup()
 
 
