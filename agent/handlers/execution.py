@@ -61,27 +61,15 @@ async def converse(
             await started()
     if timeout_s is not None:
         timeout_s = max(0.0, timeout_s - (trio.current_time() - asked_at))
-    begun = trio.Event()
-
-    async def begin() -> None:
-        await channel.send(responses.Started())
-        begun.set()
-
-    async def send(stream: Stream, data: bytes) -> None:
-        await begun.wait()
-        await channel.send(_ANSWERS[stream](data))
-
-    # Beside the rest: a reader that takes not even the first answer stops no time limit.
     with _a_cancellation_is_all():
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(begin)
-            outcome = await attach(
-                process,
-                send,
-                partial(_receive, channel),
-                stdin_data=request.stdin_data,
-                timeout_s=timeout_s,
-            )
+        outcome = await attach(
+            process,
+            partial(_send, channel),
+            partial(_receive, channel),
+            begin=partial(channel.send, responses.Started()),
+            stdin_data=request.stdin_data,
+            timeout_s=timeout_s,
+        )
     return exited(outcome)
 
 
@@ -97,6 +85,10 @@ def _a_cancellation_is_all() -> Iterator[None]:
             raise
         log.debug("cancelled, and meanwhile: %r", failures)
         raise cancellations from None
+
+
+async def _send(channel: Channel, stream: Stream, data: bytes) -> None:
+    await channel.send(_ANSWERS[stream](data))
 
 
 async def _receive(channel: Channel) -> bytes | Size | None:

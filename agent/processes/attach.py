@@ -27,23 +27,32 @@ async def attach(
     send: Send,
     receive: Receive,
     *,
+    begin: Callable[[], Awaitable[None]] | None = None,
     stdin_data: str | None = None,
     timeout_s: float | None = None,
 ) -> Outcome:
     """Carry output and input of a process until its end, in both directions at once.
 
-    Output comes in chunks of at most 64 KiB, in the order of each stream; what the process leaves
-    running with its pipes open delays the end by no more than 100 ms. ``stdin_data`` is read
-    before any other input. A time limit holds also while ``send`` waits for a reader that has
-    stalled. Errors of ``send`` and ``receive`` end it; neither they nor a cancellation kill
-    anything: that is for whoever started the process.
+    ``begin`` tells the reader that it has begun, before there is any output. Output comes in
+    chunks of at most 64 KiB, in the order of each stream; what the process leaves running with its
+    pipes open delays the end by no more than 100 ms. ``stdin_data`` is read before any other
+    input. A time limit holds also while ``begin`` or ``send`` waits for a reader that has stalled.
+    Their errors and those of ``receive`` end it; neither they nor a cancellation kill anything:
+    that is for whoever started the process.
     """
     drain = Drain(process.turns)
-    turn = trio.Lock()
+    # To send; `begin` has it first.
+    turn = trio.Semaphore(0 if begin is not None else 1)
+
+    async def start(begin: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await begin()
+        finally:
+            turn.release()
 
     async def forward(stream: Stream, pipe: OutputPipe) -> None:
         while data := await drain.receive(pipe):
-            # Mostly there is one stream only, and then the lock costs nothing.
+            # Mostly there is one stream only, and then the turn costs nothing.
             try:
                 turn.acquire_nowait()
             except trio.WouldBlock:
@@ -63,6 +72,8 @@ async def attach(
                 raise
 
     async with trio.open_nursery() as reading, trio.open_nursery() as feeding:
+        if begin is not None:
+            reading.start_soon(start, begin)
         feeding.start_soon(feed)
         for stream, pipe in process.outputs.items():
             reading.start_soon(partial(forward, stream, pipe))

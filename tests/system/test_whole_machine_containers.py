@@ -209,10 +209,10 @@ async def test_a_whole_machine_may_have_an_init_that_makes_cgroups_and_sessions(
 ) -> None:
     """What systemd does before it starts its first service."""
     script = (
-        "mkdir -p /run && mount -t tmpfs tmpfs /run;"
-        "mkdir -p /sys/fs/cgroup/init.scope && echo 1 >/sys/fs/cgroup/init.scope/cgroup.procs &&"
-        "mkdir -p /sys/fs/cgroup/system.slice/one.service &&"
-        "(echo 0 >/sys/fs/cgroup/system.slice/one.service/cgroup.procs; setsid sleep 1000) & "
+        "set -e; cgroups=/sys/fs/cgroup; mkdir -p /run; mount -t tmpfs tmpfs /run;"
+        "mkdir $cgroups/init.scope; echo 1 >$cgroups/init.scope/cgroup.procs;"
+        "mkdir -p $cgroups/system.slice/one.service;"
+        "(echo 0 >$cgroups/system.slice/one.service/cgroup.procs; exec setsid sleep 1000) & "
     )
     async with persistent.lifeline() as line:
         container_id = await persistent.detach(script + line.script("wait"), **WHOLE)
