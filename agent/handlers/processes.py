@@ -6,6 +6,7 @@ from agent.channel import Channel
 from agent.handlers.execution import Mode, completed, converse, running_as, seconds
 from agent.processes.command import Command
 from agent.processes.process import Stdio
+from agent.processes.service import may_be_brief
 from agent.services import Services
 from protocol import AgentResponse, requests
 
@@ -17,7 +18,8 @@ async def vm_exec(request: requests.VmExec, channel: Channel, services: Services
     mode = Mode.of(request)
     if mode is Mode.INTERACTIVE:
         stdio = Stdio(takes_stdin=True, terminal=request.tty)
-        async with processes.running(command, stdio) as process:
+        brief = may_be_brief(timeout_s) and not request.tty
+        async with processes.running(command, stdio, maybe_brief=brief) as process:
             return await converse(request, channel, process)
     if mode is Mode.BACKGROUND:
         pid = await processes.start_background(

@@ -41,6 +41,16 @@ async def attach(
     that is for whoever started the process.
     """
     drain = Drain(process.turns)
+    if process.has_ended:
+        # It is over before anybody had to listen: what it wrote is there, and it reads no more.
+        outcome = await see_to_end(process, None)
+        drain.begin()
+        if begin is not None:
+            await begin()
+        for stream, pipe in process.outputs.items():
+            while data := await drain.receive(pipe):
+                await send(stream, data)
+        return outcome
     # To send; `begin` has it first.
     turn = trio.Semaphore(0 if begin is not None else 1)
 

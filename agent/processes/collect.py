@@ -68,14 +68,26 @@ async def collect(
     """
     stdout, stderr = heads = _Head(output_limit_bytes), _Head(output_limit_bytes)
     drain = Drain(process.turns)
+    streams = list(zip(map(process.outputs.__getitem__, Stream), heads, strict=True))
+    if process.has_ended and process.stdin is None:
+        # It is over before anybody had to listen, and nobody has to now: what it wrote is there.
+        outcome = await see_to_end(process, None)
+        drain.begin()
+        for pipe, head in streams:
+            await _gather(drain, pipe, head)
+        return _collected(outcome, stdout, stderr)
     async with trio.open_nursery() as reading, trio.open_nursery() as feeding:
         if process.stdin is not None:
             feeding.start_soon(feed, process.stdin, (stdin_data or "").encode())
-        for stream, head in zip(Stream, heads, strict=True):
-            reading.start_soon(_gather, drain, process.outputs[stream], head)
+        for pipe, head in streams:
+            reading.start_soon(_gather, drain, pipe, head)
         outcome = await see_to_end(process, timeout_s)
         drain.begin()
         feeding.cancel_scope.cancel()
+    return _collected(outcome, stdout, stderr)
+
+
+def _collected(outcome: Outcome, stdout: _Head, stderr: _Head) -> Collected:
     return Collected(
         outcome=outcome,
         stdout=bytes(stdout.kept),

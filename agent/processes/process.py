@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 import time
 from contextlib import AbstractContextManager, ExitStack
@@ -63,6 +64,8 @@ class Process:
     """For reading that, which processes take in turns; see ``new_turns``."""
     _pidfd: int
     _started_at: float
+    has_ended: bool = False
+    """Whether it is known to have ended: ``wait`` will not have to."""
     _usage: resource.struct_rusage | None = None
     _signal: int | None = None
     _ended_at: float = 0
@@ -90,10 +93,18 @@ class Process:
     async def wait(self) -> int:
         """Its exit code, as soon as it has ended; for one task at a time."""
         if self.exit_code is None:
-            await trio.lowlevel.wait_readable(self._pidfd)
+            if not self.has_ended:
+                await trio.lowlevel.wait_readable(self._pidfd)
+                self.has_ended = True
             self._reap()
         assert self.exit_code is not None
         return self.exit_code
+
+    def wait_briefly(self, patience_ms: int) -> None:
+        """Block until it has ended, but not for long."""
+        ending = select.poll()
+        ending.register(self._pidfd, select.POLLIN)
+        self.has_ended = bool(ending.poll(patience_ms))
 
     def _reap(self) -> None:
         # Its pidfd says that it has ended, and until now it has been a zombie: the pid is its own.

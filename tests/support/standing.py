@@ -135,7 +135,8 @@ async def end_container(machine: Machine, container_id: str) -> None:
             with suppress(ProcessLookupError):
                 processes.append(os.pidfd_open(pid))
                 held.callback(os.close, processes[-1])
-        cgroup.kill()
+        with suppress(OSError):  # it may go at any moment
+            cgroup.kill()
         with trio.fail_after(10):
             for process in processes:
                 await trio.lowlevel.wait_readable(process)

@@ -2,15 +2,21 @@
 
 import base64
 import errno
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from protocol import responses
-from protocol.client import AgentClient
+from initramfs.local_registry import LocalRegistry
+from protocol import requests, responses
+from protocol.client import AgentClient, open_client
 from tests.support import tiny_programs
-from tests.support.execution import execute, shell
-from tests.support.standing import Persistent, cgroup_of_container
+from tests.support.crash import kill_agent
+from tests.support.execution import execute, pull, shell
+from tests.support.images import Images
+from tests.support.lifelines import lifeline_in
+from tests.support.machine import booted
+from tests.support.standing import WORKSPACE, Persistent, cgroup_of_container
 from tests.support.wire import open_wire
 
 WHOLE = {"unprivileged": False}
@@ -93,6 +99,26 @@ async def test_what_it_made_of_its_cgroup_goes_with_it(persistent: Persistent) -
         await persistent.end()
         await persistent.cleanup()
         assert not cgroup.path.exists()
+
+
+async def test_the_cgroups_that_it_made_are_left_to_it_whatever_becomes_of_the_agent(
+    registry: LocalRegistry, images: Images, tmp_path: Path
+) -> None:
+    image = images.busybox.reference
+    seen = "cd /sys/fs/cgroup; ls -d a/b; echo 0 >a/b/cgroup.procs && echo usable"
+    with booted(tmp_path, insecure_registries=[registry.address]) as machine:
+        async with open_client(machine.address) as client:
+            await pull(client, image)
+            overlay = Persistent(machine, client, image, "whole")
+            with lifeline_in(machine, WORKSPACE, "/workspace") as line:
+                script = f"mkdir -p /sys/fs/cgroup/a/b; {line.script('exec sleep 1000')}"
+                await overlay.detach(script, **WHOLE)
+                await line.heard()
+            assert await overlay.shell(seen, **WHOLE) == "a/b\nusable\n"
+            await kill_agent(machine)
+        async with open_client(machine.address) as client:
+            assert await overlay.over(client).shell(seen, **WHOLE) == "a/b\nusable\n"
+            await client.request(requests.Shutdown())
 
 
 async def test_a_process_that_it_moved_elsewhere_in_its_cgroup_is_no_idle_container(
