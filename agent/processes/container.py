@@ -91,7 +91,9 @@ class Running:
             timeout_s=timeout_s,
             output_limit_bytes=output_limit_bytes,
         )
-        if not collected.outcome.timed_out and not self._invocation.has_started():
+        # A crun that was killed may have left the pid untold of a command that ran.
+        ended_by_us_or_others = collected.outcome.timed_out or self.process.was_killed
+        if not ended_by_us_or_others and not self._invocation.has_started():
             raise await trio.to_thread.run_sync(self.failure)
         return collected
 
