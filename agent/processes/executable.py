@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from agent.errors import AgentError
 from agent.processes.command import DEFAULT_PATH, Command
@@ -133,9 +134,13 @@ def unrunnable(
             refusal = None if _BINFMT_MISC.exists() else errno.ENOEXEC
         else:
             refusal = errno.ENOENT
-            with suppress(OSError, struct.error):
+            try:
                 if _blamed_interpreter(candidate, opener) is None:
                     refusal = None
+            except OSError:
+                pass
+            except struct.error:
+                refusal = errno.ENOEXEC
         if refusal is None:
             return None
         return f"{candidate}: {explain_refusal(candidate, refusal, opener)}"
@@ -171,9 +176,17 @@ def _interpreter(path: str, opener: Opener) -> str | None:
             return None
         offset, size, count = struct.unpack_from("<Q14xHH", head, 32)
         for number in range(min(count, _PROGRAM_HEADERS)):
-            file.seek(offset + number * size)
-            kind, where, length = struct.unpack("<I4xQ16xQ", file.read(40))
+            header = _read_at(file, offset + number * size, 40)
+            kind, where, length = struct.unpack("<I4xQ16xQ", header)
             if kind == _PT_INTERP:
-                file.seek(where)
-                return os.fsdecode(file.read(min(length, 4096)).rstrip(b"\0"))
+                return os.fsdecode(_read_at(file, where, min(length, 4096)).rstrip(b"\0"))
     return None
+
+
+def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
+    """As much of it as there is; nothing at offsets that no file has."""
+    try:
+        file.seek(offset)
+    except (OverflowError, ValueError):
+        return b""
+    return file.read(length)

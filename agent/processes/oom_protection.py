@@ -1,13 +1,13 @@
-"""The agent is the last that the kernel kills for memory, and its children are not."""
+"""The agent is never killed for memory, and what it starts is."""
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
+import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import TracebackType
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import attrs
 
@@ -19,53 +19,13 @@ log = logging.getLogger(__name__)
 OOM_SCORE_ADJ_MIN = -1000
 OOM_SCORE_ADJ_OF_CHILDREN = 0
 
-_UNPROTECTED: AbstractContextManager[None] = nullcontext()
-
-
-class _Lift:
-    """Children's oom_score_adj for this process while any thread is inside, else its own.
-
-    A child has what its parent had at the moment of the clone. To write it afterwards would be too
-    late for what the child itself had forked by then, and posix_spawn(3) cannot set it.
-    """
-
-    def __init__(self, file: int, own: bytes, of_children: bytes) -> None:
-        self._file = file
-        self._own = own
-        self._of_children = of_children
-        self._lock = threading.Lock()
-        self._inside = 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                os.pwrite(self._file, self._of_children, 0)
-            self._inside += 1
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._protect()
-
-    def _protect(self) -> None:
-        try:
-            os.pwrite(self._file, self._own, 0)
-        except OSError as error:
-            # What was started in here runs, and must not be lost for this.
-            log.warning("the agent may be killed for memory: %s", cause_of(error))
-
 
 @attrs.frozen
 class OomProtection:
     """Of this process, from being killed for memory; without arguments there is none."""
 
-    _lift: _Lift | None = None
+    _own: int | None = None
+    _of_children: int = OOM_SCORE_ADJ_OF_CHILDREN
 
     @classmethod
     @contextmanager
@@ -75,7 +35,7 @@ class OomProtection:
         """Protect this process for the block; a protection that is none where that is refused.
 
         ``own`` is the oom_score_adj that it has, less than what it was takes CAP_SYS_RESOURCE;
-        ``of_children`` is what children get that are started within ``lifted``.
+        ``of_children`` is what children have after ``unprotect``, and until then they have ours.
         """
         protection = cls()
         with ExitStack() as undo:
@@ -85,16 +45,55 @@ class OomProtection:
                 before = os.pread(file, 16, 0)
                 os.pwrite(file, b"%d" % own, 0)
                 undo.callback(os.pwrite, file, before, 0)
-                protection = cls(_Lift(file, b"%d" % own, b"%d" % of_children))
+                protection = cls(own, of_children)
             except OSError as error:
                 log.warning("the agent may be killed for memory: %s", cause_of(error))
             yield protection
 
-    def lifted(self) -> AbstractContextManager[None]:
-        """For the time of a spawn, from any thread: children do not inherit the protection.
+    def unprotect(self, pid: int, cgroup: Path | None) -> None:
+        """Take the protection from a child that was just spawned, and from what it has forked.
 
-        Costs two writes of a microsecond each, and nothing where there is no protection. While any
-        thread is in here the agent is as any other process; a program whose file system does not
-        answer prolongs that.
+        ``cgroup`` is where it was born, the first one there; nobody reaps the pid meanwhile. For a
+        worker thread: blocks until the child is about to run its program's own instructions.
+
+        Born without the protection it could be the agent's death. vfork(2) wakes the parent a
+        little before the child stops sharing its memory, and whom the OOM killer picks then dies
+        with all who share it. SIGSTOP works on the way out of the kernel, when that is over.
         """
-        return _UNPROTECTED if self._lift is None else self._lift
+        if self._own is None:
+            return
+        os.kill(pid, signal.SIGSTOP)
+        # Or ended already, by whatever hand; whoever waits for that does so later.
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        try:
+            self._change(pid)
+            if cgroup is not None:
+                while self._change_others(cgroup, pid):
+                    pass
+        except OSError as error:
+            log.warning("a command is never killed for memory: %s", cause_of(error))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    def _change_others(self, cgroup: Path, pid: int) -> bool:
+        """What it has forked before it was stopped; whether there was any that had our value."""
+        pids = (cgroup / "cgroup.procs").read_text(encoding="ascii").split()
+        changed = [self._change(int(other)) for other in pids if int(other) not in (0, pid)]
+        return any(changed)
+
+    def _change(self, pid: int) -> bool:
+        """Whether it had our value, and was not gone."""
+        try:
+            file = os.open(f"/proc/{pid}/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            # Who has another value has chosen it.
+            if int(os.pread(file, 16, 0)) != self._own:
+                return False
+            os.pwrite(file, b"%d" % self._of_children, 0)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(file)
+        return True

@@ -7,7 +7,7 @@ import resource
 import select
 import signal
 import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from agent.linux.spawn import posix_spawn
 from agent.processes.cgroup import Cgroup
 from agent.processes.command import Command
 from agent.processes.executable import explain_refusal, find_executable
+from agent.processes.oom_protection import OomProtection
 from agent.processes.outcome import TIMED_OUT, Outcome
 from agent.processes.pipes import InputPipe, OutputPipe, input_pipe, output_pipe
 from agent.processes.terminal import Terminal, open_terminal
@@ -202,12 +203,12 @@ def start_process(
     stdio: Stdio,
     cgroup: Cgroup | None,
     turns: trio.Semaphore,
-    unprotected: AbstractContextManager[None],
+    protection: OomProtection,
 ) -> Process:
     """Start ``command`` in a cgroup of its own, which stays the caller's if this fails.
 
     For a worker thread: finding and executing a file takes as long as its file system does.
-    ``unprotected`` is entered while the process is made.
+    ``protection`` is what it must not inherit of ours.
 
     Raises:
         AgentError: SPAWN_FAILED with the cause; nothing is left behind.
@@ -233,10 +234,10 @@ def start_process(
                 outputs[Stream.STDERR], stderr = output_pipe(ours, theirs)
                 streams = (read, stdout, stderr)
         started_at = time.monotonic()
-        with unprotected:
-            pid = _spawn(command, path, streams, cgroup)
+        pid = _spawn(command, path, streams, cgroup)
         ours.callback(os.waitpid, pid, 0)
         ours.callback(os.kill, pid, signal.SIGKILL)
+        protection.unprotect(pid, cgroup.path if cgroup is not None else None)
         pidfd = os.pidfd_open(pid)
         ours.pop_all()
     terminal = Terminal(stdin) if stdio.terminal and stdin is not None else None

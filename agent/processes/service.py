@@ -217,8 +217,7 @@ class Processes:
             if cgroup is not None:
                 with failing_as(ErrorCode.SPAWN_FAILED, f"limit {command.argv[0]}"):
                     self.limits.limit_command(cgroup.path)
-            lifted = self._protection.lifted()
-            process = start_process(command, stdio, cgroup, self._turns, lifted)
+            process = start_process(command, stdio, cgroup, self._turns, self._protection)
         except BaseException:
             if cgroup is not None:
                 cgroup.remove()

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import attrs
 
-from agent.errors import AgentError, cause_of
+from agent.errors import AgentError
 from agent.linux.mount import mount
 from agent.processes.command import Bind
 from protocol.errors import ErrorCode
@@ -55,7 +55,8 @@ class Shares:
             if not source.is_dir():
                 raise OSError(*_error(errno.ENOTDIR if source.exists() else errno.ENOENT))
         except OSError as error:
-            raise _failed(wanted, cause_of(error)) from error
+            # Without the file, whose name the host has given: it may be as long as it likes.
+            raise _failed(wanted, error.strerror or "") from error
         except ValueError as error:
             raise _failed(wanted, str(error)) from error
         return Bind(str(source), destination, wanted.read_only)

@@ -248,7 +248,7 @@ async def test_what_cannot_be_started_is_an_error_and_leaves_nothing(
         assert command in error.message
     error = await refusal(client, requests.VmExec((), background=True))
     assert error.code == "INVALID_REQUEST"
-    assert set(machine.path(LOGS).iterdir()) == logs
+    assert set(machine.path(LOGS).iterdir()) <= logs
     assert machine.agents_open_files() <= files
     await until(lambda: cgroups(machine) <= groups, machine.path(COMMANDS))
 

@@ -120,8 +120,10 @@ async def test_one_who_writes_without_end_is_not_read_without_end(written: Writt
 @contextmanager
 def writing_on_and_on(stdout: int) -> Iterator[None]:
     with subprocess.Popen(["yes"], stdout=stdout) as child:
-        yield
-        child.kill()
+        try:
+            yield
+        finally:
+            child.kill()
 
 
 async def test_the_end_of_all_writers_is_the_end_at_once() -> None:

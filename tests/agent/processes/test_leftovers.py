@@ -2,7 +2,6 @@
 
 import os
 import signal
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import trio
 from agent.processes.cgroup import Cgroup, CgroupTree
 from agent.processes.command import Command
 from agent.processes.drain import new_turns
+from agent.processes.oom_protection import OomProtection
 from agent.processes.process import Stdio, start_process
 from agent.processes.service import Processes, open_processes
 from tests.support.lifelines import lifeline
@@ -123,7 +123,7 @@ async def test_an_agent_that_starts_again_keeps_what_outlived_its_request_and_en
             command = Command.from_request(
                 ("sh", "-c", line.script(later), f"{tmp_path / name}/go")
             )
-            orphans[name] = start_process(command, Stdio(), cgroup, new_turns(), nullcontext())
+            orphans[name] = start_process(command, Stdio(), cgroup, new_turns(), OomProtection())
             await line.heard()
         cgroup_of_kept = orphans["kept"].cgroup
         assert cgroup_of_kept is not None

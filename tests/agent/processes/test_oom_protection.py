@@ -5,9 +5,9 @@ and is raised for children; tests/vm/test_vm_abuse.py sees the image's -1000.
 """
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier
 
@@ -24,69 +24,107 @@ OWN = score_adj()
 OF_CHILDREN = OWN + 7
 
 
-def score_adj_of_child(around: Callable[[], AbstractContextManager[None]]) -> int:
-    """What a child has that is started within a context, and what it passes on to its own."""
-    script = "cat /proc/$$/oom_score_adj; cat /proc/self/oom_score_adj; read -r end"
-    with around():
-        child = subprocess.Popen(
-            ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-    with child:
-        assert child.stdout is not None
-        its_own, its_childs = int(child.stdout.readline()), int(child.stdout.readline())
-        assert its_own == its_childs == score_adj(child.pid)
-    return its_own
+@pytest.fixture
+def protection() -> Iterator[OomProtection]:
+    with OomProtection.held(OWN, OF_CHILDREN) as held:
+        yield held
+    assert score_adj() == OWN
 
 
-def test_a_child_does_not_inherit_the_protection_if_it_is_started_while_it_is_lifted() -> None:
-    before = score_adj()
-    with OomProtection.held(OWN, OF_CHILDREN) as protection:
-        assert score_adj() == OWN
-        assert score_adj_of_child(protection.lifted) == OF_CHILDREN
-        assert score_adj() == OWN
-        assert score_adj_of_child(nullcontext) == OWN
-    assert score_adj() == before
+@contextmanager
+def child(script: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A shell that runs a script, and is killed after the block if it still does."""
+    with subprocess.Popen(
+        ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def test_eight_threads_start_children_at_once_and_each_is_right() -> None:
+def said(process: "subprocess.Popen[bytes]") -> int:
+    assert process.stdout is not None
+    return int(process.stdout.readline())
+
+
+def tell(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdin is not None
+    process.stdin.write(b"go on\n")
+    process.stdin.flush()
+
+
+def test_a_child_loses_the_protection_that_it_was_born_with(protection: OomProtection) -> None:
+    with child("read -r go; cat /proc/$$/oom_score_adj; cat /proc/self/oom_score_adj") as process:
+        assert score_adj(process.pid) == OWN
+        protection.unprotect(process.pid, None)
+        assert score_adj(process.pid) == OF_CHILDREN
+        # It was stopped meanwhile, and goes on.
+        tell(process)
+        assert (said(process), said(process)) == (OF_CHILDREN, OF_CHILDREN)
+        assert process.wait() == 0
+    assert score_adj() == OWN
+
+
+async def test_so_does_what_it_has_forked_by_then(
+    protection: OomProtection, cgroup_root: Path
+) -> None:
+    with child("read -r go; sleep 1000 & echo $!; wait") as process:
+        (cgroup_root / "cgroup.procs").write_text(str(process.pid))
+        tell(process)
+        forked = said(process)
+        assert score_adj(forked) == OWN
+        protection.unprotect(process.pid, cgroup_root)
+        assert (score_adj(process.pid), score_adj(forked)) == (OF_CHILDREN, OF_CHILDREN)
+
+
+def test_eight_threads_start_children_at_once_and_each_is_right(protection: OomProtection) -> None:
     at_once = Barrier(8)
-    with OomProtection.held(OWN, OF_CHILDREN) as protection:
 
-        def start_some(_: int) -> set[int]:
-            at_once.wait()
-            return {score_adj_of_child(protection.lifted) for _ in range(10)}
+    def start_some(_: int) -> set[int]:
+        at_once.wait()
+        found = set()
+        for _ in range(10):
+            with child("read -r go; cat /proc/$$/oom_score_adj") as process:
+                protection.unprotect(process.pid, None)
+                tell(process)
+                found.add(said(process))
+        return found
 
-        with ThreadPoolExecutor(8) as threads:
-            assert list(threads.map(start_some, range(8))) == [{OF_CHILDREN}] * 8
-        assert score_adj() == OWN
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(start_some, range(8))) == [{OF_CHILDREN}] * 8
 
 
-def test_protection_comes_back_with_the_last_of_several_spawns_and_after_a_failed_one() -> None:
-    with OomProtection.held(OWN, OF_CHILDREN) as protection:
-        with protection.lifted():
-            with protection.lifted():
-                assert score_adj() == OF_CHILDREN
-            assert score_adj() == OF_CHILDREN
-        assert score_adj() == OWN
-        with pytest.raises(FileNotFoundError), protection.lifted():
-            subprocess.Popen(["/no/such/program"])
-        assert score_adj() == OWN
+def test_what_has_ended_by_then_can_still_be_waited_for(protection: OomProtection) -> None:
+    with child("echo 1; exit 7") as process:
+        assert said(process) == 1
+        assert process.stdout is not None
+        assert process.stdout.read() == b""
+        protection.unprotect(process.pid, None)
+        assert process.wait() == 7
+
+
+def test_who_has_chosen_a_value_keeps_it(protection: OomProtection) -> None:
+    chosen = OWN + 9
+    with child(f"echo {chosen} >/proc/$$/oom_score_adj; echo 1; read -r go") as process:
+        assert said(process) == 1
+        protection.unprotect(process.pid, None)
+        assert score_adj(process.pid) == chosen
 
 
 def test_without_protection_nothing_is_written() -> None:
-    before = score_adj()
-    assert score_adj_of_child(OomProtection().lifted) == before
-    assert score_adj() == before
+    with child("read -r go") as process:
+        OomProtection().unprotect(process.pid, None)
+        assert score_adj(process.pid) == OWN
 
 
 def test_a_refusal_is_told_and_gone_on_without(caplog: pytest.LogCaptureFixture) -> None:
-    before = score_adj()
     files = open_files()
     # No privilege is enough for this one.
-    with OomProtection.held(own=-1001) as protection:
-        assert score_adj_of_child(protection.lifted) == before
-    assert "the agent may be killed for memory: Invalid argument" in caplog.text
-    assert score_adj() == before
+    with OomProtection.held(own=-1001) as protection, child("read -r go") as process:
+        assert "the agent may be killed for memory: Invalid argument" in caplog.text
+        protection.unprotect(process.pid, None)
+        assert score_adj(process.pid) == score_adj() == OWN
     assert open_files() == files
 
 

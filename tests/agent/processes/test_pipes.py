@@ -191,8 +191,10 @@ async def test_all_descriptors_are_close_on_exec(
 def sleeping(stdout: int, stderr: int) -> Iterator[int]:
     """A process that has these, for the block; its pid."""
     with subprocess.Popen(["sleep", "1000"], stdout=stdout, stderr=stderr) as child:
-        yield child.pid
-        child.kill()
+        try:
+            yield child.pid
+        finally:
+            child.kill()
 
 
 def read_all(descriptor: int) -> bytes:
