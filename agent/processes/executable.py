@@ -7,7 +7,6 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
