@@ -37,7 +37,7 @@ test: setup-test image lint
 	$(SUDO) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: setup-test image
-	$(SUDO) env INNKEEP_ROUNDS=soak $(BIN)/python -m pytest --timeout=3600 $(PYTEST_ARGS)
+	$(SUDO) env INNKEEP_ROUNDS=soak $(BIN)/python -m pytest -o timeout=7200 $(PYTEST_ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -217,8 +217,10 @@ def runtime_config(container: Container) -> dict[str, object]:
 
 
 def _bind(bind: Bind) -> dict[str, object]:
-    # Read-only with all that is mounted below it.
-    mode = "rro" if bind.read_only else "rw"
+    mode = "rw"
+    if bind.read_only:
+        # With all that is mounted below it. What crun changes like that has to be a directory.
+        mode = "ro" if bind.destination == INIT_PATH else "rro"
     return _mount(bind.destination, "bind", bind.source, ("rbind", "rprivate", mode))
 
 

@@ -292,7 +292,7 @@ class StandingContainers:
                 cgroup.keep()
                 return record.container(directory, cgroup)
         except BaseException:
-            cgroup.kill()
+            await kill_all(cgroup)
             await cgroup.removed()
             await self._runtime.in_thread(self._runtime.forget, directory)
             raise
