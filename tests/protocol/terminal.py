@@ -79,7 +79,8 @@ async def on_terminal(
     try:
         termios.tcsetwinsize(ours, size[::-1])
         process = await trio.lowlevel.open_process(
-            ["setsid", "--ctty", *command(address, *arguments)],
+            # Whoever runs the tests may ignore signals, as nohup does, and that is inherited.
+            ["env", "--default-signal", "setsid", "--ctty", *command(address, *arguments)],
             cwd=PROJECT,
             **{"stdin": theirs, "stdout": theirs, "stderr": theirs, **streams},
         )

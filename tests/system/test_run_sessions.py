@@ -189,8 +189,8 @@ async def test_a_terminals_first_size_is_80_by_24(place: Place) -> None:
     # crun gives its size to a terminal in a container that runs when the command is on its way
     # already: one that is quicker hears of it, as of any other.
     script = (
-        "trap 'stty size; exit' WINCH; stty size 2>/dev/null && exit; sleep 1000 & "
-        "while :; do wait; done"
+        "trap 'stty size; exit' WINCH; size=$(stty size 2>/dev/null);"
+        'test -n "$size" && echo $size && exit; sleep 1000 & while :; do wait; done'
     )
     command = ("stty", "size") if place.overlay_id is None else (script,)
     for _ in range(5):

@@ -224,6 +224,19 @@ async def test_a_run_whose_command_fails_to_start_leaves_the_container_to_the_ne
     assert await pid_namespace(persistent) == namespace
 
 
+async def test_a_workdir_that_a_running_container_lacks_is_an_error_that_names_it(
+    persistent: Persistent,
+) -> None:
+    await persistent.run("true")
+    for mode in ({}, {"background": True}, {"interactive": True}, {"tty": True}):
+        for workdir, cause in (("/no/such/place", "No such file"), ("/etc/passwd", "Not a dir")):
+            error = await persistent.refusal("touch", "/ran", workdir=workdir, **mode)
+            assert error.code == "RUN_FAILED"
+            assert workdir in error.message
+            assert cause in error.message
+    assert await persistent.shell("ls /ran /no 2>/dev/null || true") == ""
+
+
 async def test_a_command_in_a_container_that_stays_is_isolated_as_any_other(
     persistent: Persistent,
 ) -> None:
