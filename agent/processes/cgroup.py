@@ -122,8 +122,11 @@ class Cgroup:
 
     def kill(self) -> None:
         """SIGKILL to every process in it, those being born included. Nothing if it is gone."""
-        with suppress(FileNotFoundError):
+        try:
             _write(self.path / "cgroup.kill", "1")
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
 
     def terminate(self) -> None:
         """SIGTERM to every process that is in it now."""
@@ -135,6 +138,9 @@ class Cgroup:
         """Take the directory away if no process is left in it; whether it is away now."""
         if _remove(self.path):
             return True
+        if self.is_populated():
+            # What is empty in it may be a container's own, and about to be used.
+            return False
         # A container may have made cgroups of its own, which are in the way even when empty.
         for directory, _, _ in os.walk(self.path, topdown=False):
             _remove(Path(directory))

@@ -86,13 +86,11 @@ class ContainerCommand:
         user: str | None = None,
         binds: Iterable[Bind] = (),
         privileged: bool = False,
-        preparation: str | None = None,
     ) -> ContainerCommand:
         """The command that a host asks for, where it leaves something open the image's.
 
         ``image_name`` is the image as the host spells it. An ``argv`` replaces the image's
-        entrypoint together with its cmd. ``preparation`` is a shell script that runs before the
-        command, in its place in the container; where it fails, the command does not run.
+        entrypoint together with its cmd.
 
         Raises:
             AgentError: INVALID_REQUEST, for no command at all and for what no program can be
@@ -104,8 +102,6 @@ class ContainerCommand:
                 ErrorCode.INVALID_REQUEST,
                 f"no command given and image '{image_name}' defines no entrypoint or cmd",
             )
-        if preparation is not None:
-            words = ("sh", "-c", f'{preparation.rstrip()} && exec "$@"', "sh", *words)
         check_words(words)
         # An entry without a name or a value is some builder's slip.
         defaults = dict(
