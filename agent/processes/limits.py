@@ -165,14 +165,15 @@ class Limits:
     def protect_agent(self, cgroup: Path) -> None:
         """Let the agent's own cgroup keep its memory, and run before all others.
 
-        What the kernel refuses is logged.
+        Without a cpu controller it is the agent's session that does, if no other program began that
+        and may have others in it. What the kernel refuses is logged.
         """
         try:
             _write_if_there(cgroup / "memory.min", str(self.agent_memory_bytes))
             if (cgroup / "cpu.weight").exists():
                 _write(cgroup / "cpu.weight", str(_AGENT_CPU_WEIGHT))
-            else:
-                # Without a controller each session counts as much as another, the agent's too.
+            elif os.getsid(0) == os.getpid():
+                # Without a controller each session counts as much as another.
                 _write_if_there(_AUTOGROUP, _AGENT_AUTOGROUP_NICE)
         except OSError as error:
             log.warning("the agent is not protected from workloads: %s", cause_of(error))

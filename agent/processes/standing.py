@@ -79,9 +79,11 @@ class StandingContainer:
         """Whether it holds nothing but the agent's own init."""
         if not self.has_own_init or self._commands:
             return False
+        # crun leaves the start to a child of its own, which may end a little after itself.
+        crun = _parent(self.pid)
         try:
             return all(
-                cgroup.pids() == [self.pid]
+                set(cgroup.pids()) - {crun} == {self.pid}
                 if cgroup.path.name == _FIRST
                 else not cgroup.is_populated()
                 for cgroup in Cgroup.all_in(self.cgroup.path)
@@ -436,6 +438,15 @@ def _start_ticks(pid: int) -> int:
         return -1
     state, *fields = stat.rpartition(")")[2].split()
     return -1 if state in "ZX" or int(fields[5]) & _PF_EXITING else int(fields[18])
+
+
+def _parent(pid: int) -> int | None:
+    """Of which process a process is a child (proc_pid_stat(5)); None if it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[1])
 
 
 async def _remove(cgroup: Cgroup) -> None:
