@@ -136,7 +136,9 @@ def encode(message: "Message", trace_id: str | None = None) -> bytes:
     """
     variant = type(message)
     if trace_id is None and (frame := _FRAMES.get(variant)) is not None:
-        return frame.write(message)
+        payload = frame.write(message)
+        if payload is not None:
+            return payload
     members = {**(_TAGS.get(variant) or _workload_tags()[variant])}
     members.update(_CONVERTER.unstructure(message))
     if trace_id is not None:

@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 import attrs
 
 from protocol.converter import decode_base64, encode_base64
+from protocol.fields import OMITTED
 
 _DATA: Final = b'","data":"'
 _ENDINGS: Final = {None: b'"}', False: b'","done":false}', True: b'","done":true}'}
@@ -27,14 +28,22 @@ class DataFrame:
     variant: type[Any]
     head: bytes
     has_done: bool
+    omitted: tuple[tuple[str, Any], ...]
 
     @classmethod
     def of(cls, variant: type[Any], tag: str, name: str) -> Self | None:
-        """The frame of a class whose only fields are ``data``, or ``data`` and ``done``."""
-        fields = [(field.name, field.type) for field in attrs.fields(variant)]
+        """The frame of a class whose only fields are ``data``, or ``data`` and ``done``, but for
+        those that may be left out."""
+        fields, omitted = [], []
+        for field in attrs.fields(variant):
+            if field.metadata == OMITTED:
+                omitted.append((field.name, field.default))
+            else:
+                fields.append((field.name, field.type))
         if fields not in _FIELDS:
             return None
-        return cls(variant, f'{{"{tag}":"{name}'.encode(), has_done=len(fields) > 1)
+        head = f'{{"{tag}":"{name}'.encode()
+        return cls(variant, head, has_done=len(fields) > 1, omitted=tuple(omitted))
 
     @staticmethod
     def head_of(payload: bytes) -> bytes:
@@ -55,8 +64,11 @@ class DataFrame:
                 return self.variant(data) if done is None else self.variant(data, done)
         return None
 
-    def write(self, message: Any) -> bytes:
-        """The payload of a message of this class."""
+    def write(self, message: Any) -> bytes | None:
+        """The payload of a message of this class, or None: it has more to say than data."""
+        for name, default in self.omitted:
+            if getattr(message, name) != default:
+                return None
         data = message.data
         ending = _ENDINGS[message.done if self.has_done else None]
         if len(data) <= _BLOCK:

@@ -146,24 +146,37 @@ class Resize:
 
 @attrs.frozen
 class FileWrite:
-    """A whole small file; ``mode`` are permission bits."""
+    """A whole small file; ``mode`` are permission bits, ``sha256`` is the data's in hexadecimal.
+
+    With ``digest`` the answer tells what was written.
+    """
 
     path: str
     data: bytes = attrs.field(repr=length_only)
     mode: U32 | None = None
     uid: U32 | None = attrs.field(default=None, metadata=OMITTED)
     gid: U32 | None = attrs.field(default=None, metadata=OMITTED)
+    persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
+    sha256: str | None = attrs.field(default=None, metadata=OMITTED)
+    digest: bool = attrs.field(default=False, metadata=OMITTED)
 
 
 @attrs.frozen
 class FileWriteBegin:
-    """The start of a streamed upload of ``total_size`` bytes."""
+    """The start of a streamed upload of ``total_size`` bytes; fields as in ``FileWrite``.
+
+    With ``resume`` what arrived of the same upload before is kept, and the answer says how much.
+    """
 
     path: str
     mode: U32 | None = attrs.field(default=None, kw_only=True)
     total_size: U64
     uid: U32 | None = attrs.field(default=None, metadata=OMITTED)
     gid: U32 | None = attrs.field(default=None, metadata=OMITTED)
+    persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
+    sha256: str | None = attrs.field(default=None, metadata=OMITTED)
+    digest: bool = attrs.field(default=False, metadata=OMITTED)
+    resume: bool = attrs.field(default=False, metadata=OMITTED)
 
 
 @attrs.frozen
@@ -176,9 +189,56 @@ class FileWriteChunk:
 
 @attrs.frozen
 class FileRead:
-    """A regular file's contents, as data chunks."""
+    """A regular file's contents, as data chunks: all of them, or ``length`` bytes from ``offset``.
+
+    With ``digest`` the last chunk tells what was sent.
+    """
 
     path: str
+    persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
+    offset: U64 | None = attrs.field(default=None, metadata=OMITTED)
+    length: U64 | None = attrs.field(default=None, metadata=OMITTED)
+    digest: bool = attrs.field(default=False, metadata=OMITTED)
+
+
+@attrs.frozen
+class FileStat:
+    """What is at a path; with ``follow`` what a symbolic link there leads to."""
+
+    path: str
+    follow: bool = attrs.field(default=False, metadata=OMITTED)
+    persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class FileList:
+    """A directory's entries in the order of their names, the first ``limit`` behind ``after``."""
+
+    path: str
+    after: str | None = attrs.field(default=None, metadata=OMITTED)
+    limit: U32 | None = attrs.field(default=None, metadata=OMITTED)
+    persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class FileRemove:
+    """Remove a file, a link or a directory, which must be empty unless ``recursive``."""
+
+    path: str
+    recursive: bool = attrs.field(default=False, metadata=OMITTED)
+    missing_ok: bool = attrs.field(default=False, metadata=OMITTED)
+    persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class FileMkdir:
+    """Make a directory and its missing parents; ``mode`` are permission bits."""
+
+    path: str
+    mode: U32 | None = attrs.field(default=None, metadata=OMITTED)
+    uid: U32 | None = attrs.field(default=None, metadata=OMITTED)
+    gid: U32 | None = attrs.field(default=None, metadata=OMITTED)
+    persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
 
 
 @attrs.frozen
@@ -210,5 +270,9 @@ AgentRequest = (
     | FileWriteBegin
     | FileWriteChunk
     | FileRead
+    | FileStat
+    | FileList
+    | FileRemove
+    | FileMkdir
     | FlattenLayers
 )

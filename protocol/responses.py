@@ -102,10 +102,15 @@ class Exited:
 
 @attrs.frozen
 class DataChunk:
-    """The next bytes of a file or layer; the last chunk is empty and ``done``."""
+    """The next bytes of a file or layer; the last chunk is empty and ``done``.
+
+    That one has the digest and the number of all bytes, where it was asked for.
+    """
 
     data: bytes = attrs.field(repr=length_only)
     done: bool
+    sha256: str | None = attrs.field(default=None, metadata=OMITTED)
+    size: U64 | None = attrs.field(default=None, metadata=OMITTED)
 
 
 AgentResponse = (

@@ -48,5 +48,9 @@ HANDLERS: Mapping[type, Handler] = {
     requests.FileWriteBegin: unsupported("file_write_begin"),
     requests.FileWriteChunk: unsupported("file_write_chunk"),
     requests.FileRead: unsupported("file_read"),
+    requests.FileStat: unsupported("file_stat"),
+    requests.FileList: unsupported("file_list"),
+    requests.FileRemove: unsupported("file_remove"),
+    requests.FileMkdir: unsupported("file_mkdir"),
     requests.FlattenLayers: unsupported("flatten_layers"),
 }
