@@ -222,15 +222,3 @@ def _bind(bind: Bind) -> dict[str, object]:
         # With all that is mounted below it. What crun changes like that has to be a directory.
         mode = "ro" if bind.destination == INIT_PATH else "rro"
     return _mount(bind.destination, "bind", bind.source, ("rbind", "rprivate", mode))
-
-
-def hosts_file(of_vm: str, hostname: str) -> str:
-    """/etc/hosts for a container: the VM's, whose network it has, with its name in it."""
-    lines = of_vm.rstrip("\n").split("\n") if of_vm.strip() else [*_HOSTS]
-    known = {name for line in lines for name in line.partition("#")[0].split()[1:]}
-    if hostname not in known:
-        lines.append(f"127.0.1.1\t{hostname}")
-    return "".join(f"{line}\n" for line in lines)
-
-
-_HOSTS: Sequence[str] = ("127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback")

@@ -57,6 +57,11 @@ class Bind:
     gives_way: bool = False
     """Whether a request may have something else at ``destination``."""
 
+    @property
+    def mounting(self) -> str:
+        """What fails where it cannot be mounted, in words."""
+        return f"mount {self.source} at {self.destination} in the container"
+
 
 @attrs.frozen(kw_only=True)
 class ContainerCommand:

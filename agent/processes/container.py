@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import shutil
 import socket
-import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
@@ -25,15 +23,16 @@ from agent.processes.bundle import (
     Container,
     ContainerProcess,
     capabilities_in,
-    hosts_file,
     process_config,
     runtime_config,
 )
 from agent.processes.cgroup import CgroupTree
 from agent.processes.collect import OUTPUT_LIMIT_BYTES, Collected, collect
 from agent.processes.command import BASE_ENVIRONMENT, Bind, Command, ContainerCommand
+from agent.processes.container_view import ContainerView
 from agent.processes.crun import Invocation
-from agent.processes.executable import Opener, unrunnable
+from agent.processes.executable import unrunnable
+from agent.processes.network_files import write_network_files
 from agent.processes.process import Process, Stdio
 from agent.processes.rootfs import Rootfs
 from agent.processes.seccomp import OciProfile, oci_profile
@@ -104,7 +103,7 @@ class Running:
             for bind in self._binds:
                 # Some of crun's words are about the path as seen from the root.
                 if f"`{bind.destination}`" in said or f"`{bind.destination[1:]}`" in said:
-                    return AgentError(ErrorCode.MOUNT_FAILED, f"{_mounting(bind)}: {said}")
+                    return AgentError(ErrorCode.MOUNT_FAILED, f"{bind.mounting}: {said}")
         doing = f"run {self._command.argv[0]}"
         said = said or "crun failed and did not say why"
         return AgentError(ErrorCode.RUN_FAILED, f"{doing}: {said}")
@@ -368,8 +367,8 @@ class ContainerRuntime:
     ) -> Invocation:
         with failing_as(ErrorCode.RUN_FAILED, f"run {command.argv[0]}: prepare the container"):
             with ExitStack() as stack:
-                view = _View.of_binds(stack, rootfs, command.binds)
-                _check_places(command.binds, view)
+                view = ContainerView.of_binds(stack, rootfs, command.binds)
+                view.check_places(command.binds)
                 process = self._process(command, view, terminal=terminal)
             hostname = socket.gethostname()
             directory.mkdir(mode=0o700)
@@ -377,7 +376,7 @@ class ContainerRuntime:
                 process=process,
                 rootfs=rootfs,
                 hostname=hostname,
-                binds=[*_network_files(directory, hostname), *command.binds],
+                binds=[*write_network_files(directory, hostname), *command.binds],
                 seccomp=self._seccomp_of_this_machine(command.privileged),
                 privileged=command.privileged,
             )
@@ -391,14 +390,14 @@ class ContainerRuntime:
         with failing_as(ErrorCode.RUN_FAILED, f"run {command.argv[0]}: join the container"):
             with ExitStack() as stack:
                 # As the container sees it, with all that was mounted into it.
-                view = _View.of_binds(stack, Path(f"/proc/{first_pid}/root"), ())
+                view = ContainerView.of_binds(stack, Path(f"/proc/{first_pid}/root"), ())
                 process = self._process(command, view, terminal=terminal)
             directory.mkdir(mode=0o700)
             (directory / "process.json").write_bytes(orjson.dumps(process_config(process)))
             return Invocation.prepare(directory, terminal=terminal)
 
     def _process(
-        self, command: ContainerCommand, view: _View, *, terminal: bool
+        self, command: ContainerCommand, view: ContainerView, *, terminal: bool
     ) -> ContainerProcess:
         user = _user(command, view.root)
         environment = {**BASE_ENVIRONMENT, "HOME": user.home, **command.environment}
@@ -421,50 +420,6 @@ class ContainerRuntime:
             machine = os.uname().machine
             self._seccomp[privileged] = oci_profile(profile, _capabilities(privileged), machine)
         return self._seccomp[privileged]
-
-
-@attrs.frozen
-class _View:
-    """A container's files as its command will see them: what is bound lies over the root."""
-
-    root: Rootfs
-    _bound: Sequence[tuple[str, Rootfs]]
-
-    @classmethod
-    def of_binds(cls, stack: ExitStack, root: Path, binds: Sequence[Bind]) -> _View:
-        """The view for as long as ``stack``; raises OSError."""
-        bound = [
-            (bind.destination, stack.enter_context(Rootfs.opened(Path(bind.source))))
-            for bind in sorted(binds, key=lambda bind: len(bind.destination), reverse=True)
-            if Path(bind.source).is_dir()
-        ]
-        return cls(stack.enter_context(Rootfs.opened(root)), bound)
-
-    @property
-    def open(self) -> Opener:
-        return self._open
-
-    def _open(self, path: str) -> int:
-        for destination, files in self._bound:
-            if path.startswith(f"{destination}/"):
-                return files.open(path.removeprefix(destination))
-        return self.root.open(path)
-
-
-def _check_places(binds: Sequence[Bind], view: _View) -> None:
-    """Raise MOUNT_FAILED where a directory is to be at the place of something else."""
-    for bind in binds:
-        if Path(bind.source).is_dir():
-            with failing_as(ErrorCode.MOUNT_FAILED, _mounting(bind)), suppress(FileNotFoundError):
-                descriptor = view.open(bind.destination)
-                is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-                os.close(descriptor)
-                if not is_directory:
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-
-
-def _mounting(bind: Bind) -> str:
-    return f"mount {bind.source} at {bind.destination} in the container"
 
 
 async def pid_of_detached(invocation: Invocation, command: ContainerCommand, crun: Process) -> int:
@@ -495,26 +450,6 @@ def _user(command: ContainerCommand, files: Rootfs) -> User:
         return find_user(command.user, passwd, group)
     except UnknownUser as error:
         raise AgentError(ErrorCode.RUN_FAILED, f"run {command.argv[0]}: {error}") from error
-
-
-def _network_files(directory: Path, hostname: str) -> list[Bind]:
-    """Copies of the VM's, for a container to change as it likes."""
-    texts = {
-        "hostname": f"{hostname}\n",
-        "hosts": hosts_file(_text_of_vm("/etc/hosts"), hostname),
-        "resolv.conf": _text_of_vm("/etc/resolv.conf"),
-    }
-    for name, text in texts.items():
-        file = directory / name
-        file.write_text(text, encoding="utf-8")
-        file.chmod(0o644)  # for every user of the container, whatever our umask
-    return [Bind(str(directory / name), f"/etc/{name}") for name in texts]
-
-
-def _text_of_vm(path: str) -> str:
-    with suppress(FileNotFoundError):
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    return ""
 
 
 @contextmanager

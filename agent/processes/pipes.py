@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import trio
@@ -22,9 +22,7 @@ PIPE_BYTES = 64 * 1024
 LARGE_PIPE_BYTES = 1024 * 1024
 
 
-class OutputPipe:
-    """The reading end of a command's stdout or stderr, or of its terminal; for one task."""
-
+class _PipeEnd:
     def __init__(self, descriptor: int) -> None:
         """Takes ``descriptor`` over."""
         os.set_blocking(descriptor, False)
@@ -34,8 +32,25 @@ class OutputPipe:
 
     @property
     def is_open(self) -> bool:
-        """Whether more may come; a pipe is closed where its end is read."""
+        """Whether bytes can still pass: it closes itself where it is clear that none will."""
         return self._descriptor >= 0
+
+    def close(self) -> None:
+        """Close it, once or again."""
+        if self.is_open:
+            trio.lowlevel.notify_closing(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _grow(self) -> None:
+        self.capacity_bytes = LARGE_PIPE_BYTES
+        # An unprivileged agent has a limit; each read or write then takes what the pipe does.
+        with suppress(OSError):
+            fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, LARGE_PIPE_BYTES)
+
+
+class OutputPipe(_PipeEnd):
+    """The reading end of a command's stdout or stderr, or of its terminal; for one task."""
 
     def read(self, most_bytes: int = PIPE_BYTES) -> bytes | None:
         """What is there, at most ``most_bytes``; None for nothing yet, no bytes for the end."""
@@ -79,34 +94,9 @@ class OutputPipe:
         await trio.lowlevel.checkpoint()
         return data
 
-    def close(self) -> None:
-        """Close it, once or again."""
-        if self.is_open:
-            trio.lowlevel.notify_closing(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
 
-    def _grow(self) -> None:
-        self.capacity_bytes = LARGE_PIPE_BYTES
-        try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, LARGE_PIPE_BYTES)
-        except OSError:
-            return  # an unprivileged agent has a limit; reads then bring what there is
-
-
-class InputPipe:
+class InputPipe(_PipeEnd):
     """The writing end of a command's stdin; for one task."""
-
-    def __init__(self, descriptor: int) -> None:
-        """Takes ``descriptor`` over."""
-        os.set_blocking(descriptor, False)
-        self._descriptor = descriptor
-        self._is_large = False
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it can still be written to."""
-        return self._descriptor >= 0
 
     async def send(self, data: bytes) -> None:
         """Write all of ``data``, as fast as the command takes it.
@@ -119,7 +109,7 @@ class InputPipe:
             try:
                 left = left[os.write(self._descriptor, left) :]
             except BlockingIOError:
-                if not self._is_large:
+                if self.capacity_bytes == PIPE_BYTES:
                     self._grow()
                     continue
                 await trio.lowlevel.wait_writable(self._descriptor)
@@ -130,20 +120,6 @@ class InputPipe:
     async def end(self) -> None:
         """Tell the command that there is no more."""
         self.close()
-
-    def close(self) -> None:
-        """Close it, once or again."""
-        if self.is_open:
-            trio.lowlevel.notify_closing(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _grow(self) -> None:
-        self._is_large = True
-        try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, LARGE_PIPE_BYTES)
-        except OSError:
-            return
 
 
 def output_pipe(ours: ExitStack, theirs: ExitStack) -> tuple[int, int]:

@@ -4,8 +4,8 @@ import attrs
 import pytest
 
 from agent.errors import AgentError
-from agent.processes.bundle import hosts_file
 from agent.processes.command import Command, ContainerCommand
+from agent.processes.network_files import hosts_file
 from protocol.errors import ErrorCode
 from protocol.values import ImageInfo
 
