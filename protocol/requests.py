@@ -6,7 +6,7 @@ Used qualified (``requests.Run``), since answers and the workload protocol share
 import attrs
 
 from protocol.fields import OMITTED, length_only, names_only, without_credentials
-from protocol.values import U16, U32, U64, EnvVar, Mount, RegistryAuth
+from protocol.values import I64, U16, U32, U64, EnvVar, Mount, RegistryAuth
 
 
 @attrs.frozen
@@ -148,7 +148,8 @@ class Resize:
 class FileWrite:
     """A whole small file; ``mode`` are permission bits, ``sha256`` is the data's in hexadecimal.
 
-    With ``digest`` the answer tells what was written.
+    With ``digest`` the answer tells what was written. ``mtime_s`` and ``mtime_ns`` are when it was
+    changed last; the latter below a thousand million.
     """
 
     path: str
@@ -159,6 +160,8 @@ class FileWrite:
     persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
     sha256: str | None = attrs.field(default=None, metadata=OMITTED)
     digest: bool = attrs.field(default=False, metadata=OMITTED)
+    mtime_s: I64 | None = attrs.field(default=None, metadata=OMITTED)
+    mtime_ns: U32 | None = attrs.field(default=None, metadata=OMITTED)
 
 
 @attrs.frozen
@@ -176,6 +179,8 @@ class FileWriteBegin:
     persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
     sha256: str | None = attrs.field(default=None, metadata=OMITTED)
     digest: bool = attrs.field(default=False, metadata=OMITTED)
+    mtime_s: I64 | None = attrs.field(default=None, metadata=OMITTED)
+    mtime_ns: U32 | None = attrs.field(default=None, metadata=OMITTED)
     resume: bool = attrs.field(default=False, metadata=OMITTED)
 
 
@@ -242,6 +247,28 @@ class FileMkdir:
 
 
 @attrs.frozen
+class TarWrite:
+    """Unpack a tar stream, which follows in chunks as of an upload, into a directory.
+
+    With ``uid`` or ``gid`` all that is made is that user's and group's, not the stream's.
+    """
+
+    path: str
+    uid: U32 | None = attrs.field(default=None, metadata=OMITTED)
+    gid: U32 | None = attrs.field(default=None, metadata=OMITTED)
+    persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
+class TarRead:
+    """A directory, or a file, as a tar stream in data chunks, at its top ``name`` or else ``.``."""
+
+    path: str
+    name: str | None = attrs.field(default=None, metadata=OMITTED)
+    persistent_overlay_id: str | None = attrs.field(default=None, metadata=OMITTED)
+
+
+@attrs.frozen
 class FlattenLayers:
     """Merge directories by overlay rules, topmost first, into the directory ``output``."""
 
@@ -274,5 +301,7 @@ AgentRequest = (
     | FileList
     | FileRemove
     | FileMkdir
+    | TarWrite
+    | TarRead
     | FlattenLayers
 )

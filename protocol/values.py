@@ -21,6 +21,7 @@ U16 = Annotated[int, IntRange(0, 2**16 - 1, "an unsigned 16-bit integer")]
 U32 = Annotated[int, IntRange(0, 2**32 - 1, "an unsigned 32-bit integer")]
 U64 = Annotated[int, IntRange(0, 2**64 - 1, "an unsigned 64-bit integer")]
 I32 = Annotated[int, IntRange(-(2**31), 2**31 - 1, "a signed 32-bit integer")]
+I64 = Annotated[int, IntRange(-(2**63), 2**63 - 1, "a signed 64-bit integer")]
 
 U32_MAX: Final = 2**32 - 1
 U64_MAX: Final = 2**64 - 1

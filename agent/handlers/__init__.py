@@ -52,5 +52,7 @@ HANDLERS: Mapping[type, Handler] = {
     requests.FileList: unsupported("file_list"),
     requests.FileRemove: unsupported("file_remove"),
     requests.FileMkdir: unsupported("file_mkdir"),
+    requests.TarWrite: unsupported("tar_write"),
+    requests.TarRead: unsupported("tar_read"),
     requests.FlattenLayers: unsupported("flatten_layers"),
 }
