@@ -21,6 +21,8 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RUN_PACKAGES := busybox-static ca-certificates cpio docker-registry mmdebstrap python3 \
 	python3-venv qemu-system-x86 skopeo umoci util-linux xz-utils
 TEST_PACKAGES := acl attr buildah catatonit crun e2fsprogs fdisk iproute2 libcap2-bin procps strace zstd
+# What others pull images with, to be measured against.
+BENCH_PACKAGES := containerd podman
 
 PYTEST_ARGS ?=
 
@@ -48,6 +50,7 @@ image: setup-run
 	@$(SUDO) $(BIN)/python -m initramfs.build
 
 bench: setup-test image
+	@$(call install_packages,$(BENCH_PACKAGES))
 	$(SUDO) $(BIN)/python -m benchmarks
 
 lock: setup-run

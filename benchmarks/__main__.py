@@ -1,6 +1,6 @@
 """Run all benchmarks, or those that are named, or single rows of one:
 
-python -m benchmarks [--quick] [startup] [boot] [processes] [processes:ROW]...
+python -m benchmarks [--quick] [startup] [boot] [processes] [pulls] [processes:ROW]...
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import boot, processes, startup
+from benchmarks import boot, processes, pulls, startup
 
 ROOTFS = Path("build/rootfs")
 WHOLE = {"startup": startup.measure, "boot": boot.measure}
-BY_ROWS = {"processes": (processes.measure, tuple(processes.ROWS))}
+BY_ROWS = {
+    "processes": (processes.measure, tuple(processes.ROWS)),
+    "pulls": (pulls.measure, tuple(pulls.ROWS)),
+}
 QUICK = "--quick"
 
 

@@ -22,10 +22,10 @@ def measure(rootfs: Path, rows: Sequence[str] = (), *, quick: bool = False) -> N
     # SIGTERM unwinds like ^C, so that neither the machine nor the registry is left behind.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with booted_with_image(rootfs.parent) as machine:
+        with booted_with_image(rootfs.parent) as (machine, image):
             options = ["--quick"] if quick else []
             for row in rows or ROWS:
                 # A process for each row: no row finds the memory and the descriptors of another.
-                machine.run(python("benchmarks.guest", row, machine.image, *options))
+                machine.run(python("benchmarks.guest", row, image, *options))
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -97,6 +97,19 @@ def fetch(
     return [cache / package.file_name for package in packages]
 
 
+def download(
+    names: Sequence[str], suite: str, mirror: Mirror, architecture: Architecture, folder: Path
+) -> list[Path]:
+    """Today's versions of packages and of all that they depend on, in `folder`, by name.
+
+    Raises:
+        BuildError: the mirror cannot be read, or has no such package.
+    """
+    script = f'cp "$1"/var/cache/apt/archives/*.deb {shlex.quote(str(folder))}'
+    _mmdebstrap(mirror, suite, architecture, script, include=names)
+    return sorted(folder.glob("*.deb"))
+
+
 def unpack(archives: Iterable[Path], root: Path) -> None:
     """Unpack packages over one another, without running their scripts.
 

@@ -48,18 +48,22 @@ class LocalRegistry:
 
 @contextmanager
 def local_registry(
-    *, certificate: Path | None = None, key: Path | None = None
+    *,
+    certificate: Path | None = None,
+    key: Path | None = None,
+    storage_dir: Path | None = None,
 ) -> Iterator[LocalRegistry]:
     """Serve an empty registry until the block is left; nothing of it stays behind.
 
-    Plain HTTP, or HTTPS when a PEM `certificate` chain and its `key` are given. Blocks for some
-    50 ms until the server listens. Raises RegistryError.
+    Plain HTTP, or HTTPS when a PEM `certificate` chain and its `key` are given. With
+    `storage_dir` it has what was pushed to an earlier one there, and what is pushed stays. Blocks
+    for some 50 ms until the server listens. Raises RegistryError.
     """
     if shutil.which("docker-registry") is None:
         raise RegistryError("docker-registry is missing: apt-get install docker-registry")
     with tempfile.TemporaryDirectory(prefix="innkeep-registry-") as directory:
         root = Path(directory)
-        storage_dir = root / "storage"
+        storage_dir = storage_dir or root / "storage"
         config = root / "config.yml"
         config.write_text(json.dumps(_configuration(storage_dir, certificate, key)))
         access_log = root / "access.log"

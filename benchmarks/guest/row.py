@@ -60,7 +60,7 @@ class Ratio:
         )
 
 
-_DIGITS = {"µs": 1, "ms": 2, "MB/s": 0}
+_DIGITS = {"µs": 1, "ms": 2, "s": 2, "MB/s": 0}
 
 
 def verdict(is_met: bool) -> str:
