@@ -13,7 +13,9 @@ import trio
 from agent.config import AgentConfig
 from agent.errors import AgentError, cause_of, failing_as
 from agent.gate import Gate
+from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore
+from agent.images.garbage import GarbageCollector
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
 from agent.images.puller import Puller
@@ -46,6 +48,8 @@ class Images:
     layers: LayerStore
     overlays: Overlays
     puller: Puller
+    claims: LayerClaims
+    garbage: GarbageCollector
 
 
 @attrs.define(eq=False)
@@ -97,6 +101,7 @@ class Services:
     def _open_images(self) -> Images:
         self.disk.bring_up()
         storage = self.config.storage_dir
+        claims = LayerClaims()
         with failing_as(ErrorCode.MOUNT_FAILED, f"open the images in {storage}"):
             store = ContentStore(storage)
             layers = LayerStore(storage, mkfs_erofs=self.config.mkfs_erofs)
@@ -104,11 +109,13 @@ class Services:
             refused = layers.mount_all((layer.digest, layer.diff_id) for layer in known)
             for digest, error in refused.items():
                 log.error("mount layer %s: %s", digest, cause_of(error))
-            overlays = Overlays(storage, layers)
+            overlays = Overlays(storage, layers, claims)
         settings = RegistrySettings(
             insecure=self.config.insecure_registries, ca_files=self.config.registry_ca_files
         )
-        return Images(store, layers, overlays, Puller(store, layers, settings))
+        puller = Puller(store, layers, settings, claims)
+        garbage = GarbageCollector(store, layers, overlays, claims)
+        return Images(store, layers, overlays, puller, claims, garbage)
 
     async def bring_up_network(self) -> None:
         """Configure the VM's interface, where the boot configuration says how; else it is as it

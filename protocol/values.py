@@ -71,6 +71,23 @@ class ImageInfo:
 
 
 @attrs.frozen
+class CollectedGarbage:
+    """What a collection removed, or with ``dry_run`` would have.
+
+    ``images`` are the references that were forgotten; ``layers`` are named by their diff_ids,
+    ``blobs`` and the ``partial_blobs`` of broken downloads by their own digests. Other agents may
+    tell no more than ``freed_bytes``.
+    """
+
+    dry_run: bool
+    freed_bytes: U64
+    images: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    blobs: tuple[str, ...] = ()
+    partial_blobs: tuple[str, ...] = ()
+
+
+@attrs.frozen
 class OverlayInfo:
     """Where a prepared overlay is, as absolute paths in the VM."""
 

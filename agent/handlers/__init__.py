@@ -8,7 +8,7 @@ from typing import Any
 from agent.channel import Channel
 from agent.errors import AgentError
 from agent.handlers.containers import run
-from agent.handlers.images import list_images, pull, query
+from agent.handlers.images import garbage_collect, list_images, pull, query
 from agent.handlers.machine import format_storage, shutdown, storage_status
 from agent.handlers.overlays import cleanup_overlay, prepare_overlay
 from agent.handlers.processes import vm_exec
@@ -34,7 +34,7 @@ HANDLERS: Mapping[type, Handler] = {
     requests.Pull: pull,
     requests.Query: query,
     requests.ListImages: list_images,
-    requests.GarbageCollect: unsupported("garbage_collect"),
+    requests.GarbageCollect: garbage_collect,
     requests.PrepareOverlay: prepare_overlay,
     requests.CleanupOverlay: cleanup_overlay,
     requests.FormatStorage: format_storage,

@@ -12,7 +12,7 @@ import trio
 from agent.channel import Channel
 from agent.errors import AgentError
 from agent.handlers.execution import Mode, completed, converse, running_as, seconds
-from agent.handlers.images import stored_image
+from agent.handlers.images import image_in_use
 from agent.images.content_store import StoredImage
 from agent.images.workload_id import InvalidWorkloadId, persistent_workload_id
 from agent.processes.command import Bind, ContainerCommand, check_words
@@ -41,7 +41,17 @@ exec "$@"
 async def run(request: requests.Run, channel: Channel, services: Services) -> AgentResponse:
     mode = Mode.of(request)
     workload = _workload(request, mode)
-    image = await stored_image(request.image, services, ErrorCode.INVALID_REQUEST)
+    async with image_in_use(request.image, services, ErrorCode.INVALID_REQUEST) as image:
+        return await _run(request, image, workload, channel, services)
+
+
+async def _run(
+    request: requests.Run,
+    image: StoredImage,
+    workload: str | None,
+    channel: Channel,
+    services: Services,
+) -> AgentResponse:
     command = ContainerCommand.from_request(
         request.image,
         image.info(),
@@ -59,7 +69,7 @@ async def run(request: requests.Run, channel: Channel, services: Services) -> Ag
         async with _alone(request, command, image, services) as running:
             return await _seen_to_its_end(request, channel, running)
     rootfs = _Rootfs(services, image, workload)
-    if mode is Mode.DETACHED:
+    if Mode.of(request) is Mode.DETACHED:
         return running_as(await services.standing.start_detached(workload, command, rootfs))
     while True:
         async with services.standing.joined(workload, command, rootfs) as container:

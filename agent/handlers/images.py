@@ -1,16 +1,21 @@
-"""Requests about images: fetch one, find one, list them."""
+"""Requests about images: fetch one, find one, list them, remove what none of them needs."""
 
 from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from agent.channel import Channel
 from agent.errors import AgentError
 from agent.images.content_store import StoredImage
+from agent.images.overlay_record import OverlayRecord
 from agent.images.platform import InvalidPlatform, parse_platform
 from agent.images.progress import PullProgress
 from agent.images.reference import InvalidReference, Reference, parse_reference
 from agent.services import Services
 from protocol import AgentResponse, requests, responses
 from protocol.errors import ErrorCode
+from protocol.values import CollectedGarbage
 
 
 async def pull(request: requests.Pull, channel: Channel, services: Services) -> AgentResponse:
@@ -48,6 +53,24 @@ async def list_images(
     return responses.Ok([image.info() for image in images.store.images()])
 
 
+async def garbage_collect(
+    request: requests.GarbageCollect, channel: Channel, services: Services
+) -> AgentResponse:
+    images = await services.images.passed(ErrorCode.GC_FAILED)
+    collection = await images.garbage.collect(dry_run=request.dry_run, purge_all=request.purge_all)
+    garbage = collection.garbage
+    return responses.Ok(
+        CollectedGarbage(
+            dry_run=request.dry_run,
+            freed_bytes=garbage.total_bytes,
+            images=collection.images,
+            layers=tuple(sorted(garbage.layers)),
+            blobs=tuple(sorted(garbage.blobs)),
+            partial_blobs=tuple(sorted(garbage.partials)),
+        )
+    )
+
+
 def parse(image: str, code: ErrorCode) -> Reference:
     """The reference that ``image`` spells.
 
@@ -72,3 +95,17 @@ async def stored_image(image: str, services: Services, code: ErrorCode) -> Store
     if found is None:
         raise AgentError(ErrorCode.NOT_FOUND, f"image not found: {image}; pull {reference} first")
     return found
+
+
+@asynccontextmanager
+async def image_in_use(
+    image: str, services: Services, code: ErrorCode
+) -> AsyncIterator[StoredImage]:
+    """The same, whose layers no collection takes away until the block is left."""
+    while True:
+        found = await stored_image(image, services, code)
+        async with services.images.value.claims.held(OverlayRecord.of(found).digests):
+            # One that was under way may have taken it away just before.
+            if await stored_image(image, services, code) is found:
+                yield found
+                return

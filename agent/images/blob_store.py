@@ -114,8 +114,8 @@ class BlobStore:
             self.write(self._records / _hex(digest), orjson.dumps(attrs.asdict(layer)))
             self._unpacked[digest] = layer
 
-    def discard_layer(self, digest: str) -> None:
-        """Remove a layer's blob, record and partial; no image and no pull uses them any more."""
+    def discard(self, digest: str) -> None:
+        """Remove a blob, its record and its partial; no image and no pull uses them any more."""
         with self._lock:
             self._unpacked.pop(digest, None)
             for path in (
@@ -124,6 +124,18 @@ class BlobStore:
                 self._partial_path(digest),
             ):
                 path.unlink(missing_ok=True)
+
+    def blob_sizes(self) -> dict[str, int]:
+        """All blobs that are there, with their lengths in bytes."""
+        return _sizes(self._blobs)
+
+    def partial_sizes(self) -> dict[str, int]:
+        """The same of what there is of blobs that are not complete."""
+        return _sizes(self._ingest)
+
+    def record_sizes(self) -> dict[str, int]:
+        """The same of the records, by their blobs' digests."""
+        return _sizes(self._records)
 
     def _partial_path(self, digest: str) -> Path:
         return self._ingest / _hex(digest)
@@ -155,6 +167,15 @@ def _hex(digest: str) -> str:
     if not DIGEST.fullmatch(digest):
         raise ValueError(f"{digest!r} is not a sha256 digest")
     return digest.removeprefix("sha256:")
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """The lengths of the files that are named by a digest, and so are no temporary ones."""
+    return {
+        digest: entry.stat().st_size
+        for entry in os.scandir(directory)
+        if DIGEST.fullmatch(digest := f"sha256:{entry.name}")
+    }
 
 
 def _size_of(path: Path) -> int | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import attrs
@@ -90,6 +90,18 @@ class Tag:
     image: StoredImage
     entry: IndexEntry
 
+    @property
+    def documents(self) -> frozenset[str]:
+        """The digests of its manifest, of that in OCI's media types, and of its config."""
+        entry = self.entry
+        return frozenset({entry.digest, entry.manifest_digest, self.image.config_digest})
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """The digests of everything that it needs: documents, layers' blobs, and diff_ids."""
+        layers = self.image.layers
+        return self.documents.union(*((layer.digest, layer.diff_id) for layer in layers))
+
 
 class NotWhole(Exception):
     """A part of an image is missing or damaged; the text names the image and the part."""
@@ -98,8 +110,8 @@ class NotWhole(Exception):
 class ContentStore:
     """The images in `storage_dir`/oci, which is made if there is none.
 
-    This process is the store's only writer. Construction and ``tag`` use the disk and raise
-    OSError; everything else answers from memory. Any thread may call any method.
+    This process is the store's only writer. Construction, ``tag`` and ``forget`` use the disk and
+    raise OSError; everything else answers from memory. Any thread may call any method.
     """
 
     def __init__(self, storage_dir: Path) -> None:
@@ -112,7 +124,10 @@ class ContentStore:
             self.blobs.write(layout, b'{"imageLayoutVersion":"1.0.0"}')
         if not self._index_path.exists():
             self.blobs.write(self._index_path, render_index(()))
-        self._tags = self._load()
+        self._tags: Mapping[str, Tag] = {}
+        self._by_digest: Mapping[tuple[str, str], Tag] = {}
+        self._in_order: tuple[Tag, ...] = ()
+        self._know(self._load())
 
     def find(self, reference: Reference) -> StoredImage | None:
         """The image that a reference names, also where it was pulled by another spelling."""
@@ -121,15 +136,11 @@ class ContentStore:
 
     def find_tag(self, reference: Reference) -> Tag | None:
         """As ``find``, with what is known of how the reference was resolved."""
-        tags = self._tags
-        if (tag := tags.get(str(reference))) or reference.digest is None:
+        tag = self._tags.get(str(reference))
+        if tag is not None or reference.digest is None:
             return tag
         # The digest alone says which image it is, whatever the tag beside it.
-        for name, tag in tags.items():
-            of_same_name = parse_reference(name).name == reference.name
-            if of_same_name and reference.digest in (tag.entry.resolved, tag.entry.manifest_digest):
-                return tag
-        return None
+        return self._by_digest.get((reference.name, reference.digest))
 
     def by_config_digest(self, digest: str) -> StoredImage | None:
         """The image whose `ImageInfo.digest` is `digest`."""
@@ -137,7 +148,11 @@ class ContentStore:
 
     def images(self) -> list[StoredImage]:
         """One image for each reference, in the order in which they were first pulled."""
-        return [tag.image for tag in self._tags.values()]
+        return [tag.image for tag in self._in_order]
+
+    def tags(self) -> tuple[Tag, ...]:
+        """All that references stand for, in the same order; the same object until that changes."""
+        return self._in_order
 
     def tag(
         self, reference: Reference, manifest_digest: str, *, resolved: str, platform: str
@@ -156,11 +171,26 @@ class ContentStore:
         entry = IndexEntry(str(reference), digest, len(data), manifest_digest, resolved, platform)
         image = self._load_image(entry)
         with self._lock:
-            # Replaced, not changed: readers in other threads have the one or the other.
-            tags = self._tags | {entry.reference: Tag(image, entry)}
-            self.blobs.write(self._index_path, render_index(tag.entry for tag in tags.values()))
-            self._tags = tags
+            self._keep({**self._tags, entry.reference: Tag(image, entry)})
         return image
+
+    def forget(self, references: Collection[str]) -> None:
+        """Let these references, canonical, name nothing any more; their blobs stay."""
+        with self._lock:
+            tags = self._tags.items()
+            self._keep({name: tag for name, tag in tags if name not in references})
+
+    def _keep(self, tags: Mapping[str, Tag]) -> None:
+        self.blobs.write(self._index_path, render_index(tag.entry for tag in tags.values()))
+        self._know(tags)
+
+    def _know(self, tags: Mapping[str, Tag]) -> None:
+        # Replaced, not changed: readers in other threads have the one or the other.
+        by_digest: dict[tuple[str, str], Tag] = {}
+        for name, tag in tags.items():
+            for digest in (tag.entry.resolved, tag.entry.manifest_digest):
+                by_digest.setdefault((parse_reference(name).name, digest), tag)
+        self._tags, self._by_digest, self._in_order = tags, by_digest, tuple(tags.values())
 
     def _load(self) -> dict[str, Tag]:
         """The whole images of index.json; what is wrong with others is logged."""

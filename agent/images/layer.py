@@ -61,9 +61,15 @@ class LayerStore:
         """Whether the layer was built; then it is whole."""
         return self._image(diff_id).exists()
 
-    def diff_ids(self) -> set[str]:
-        """All layers that were built."""
-        return {f"sha256:{image.stem}" for image in self._images.glob("*.erofs")}
+    def sizes(self) -> dict[str, int]:
+        """All layers that were built, by diff_id, with the bytes that they take."""
+        images = self._images.glob("*.erofs")
+        return {f"sha256:{image.stem}": image.stat().st_size for image in images}
+
+    def mounts(self) -> set[str]:
+        """The digests of the blobs whose layers are mounted, or were before a reboot."""
+        names = (f"sha256:{directory.name}" for directory in self._mounts.iterdir())
+        return set(filter(DIGEST.fullmatch, names))
 
     @contextmanager
     def building(

@@ -43,7 +43,7 @@ class LayerFetcher:
 
     store: ContentStore
     layers: LayerStore
-    claims: LayerClaims = attrs.field(factory=LayerClaims)
+    claims: LayerClaims
 
     async def fetch(
         self,
@@ -158,7 +158,7 @@ class LayerFetcher:
         used = {layer.digest for layer in stored} | {layer.diff_id for layer in stored}
         for layer, was_built in lacking.items():
             if layer.digest not in used and not self.claims.is_shared(layer.digest):
-                self.store.blobs.discard_layer(layer.digest)
+                self.store.blobs.discard(layer.digest)
             is_free = layer.diff_id not in used and not self.claims.is_shared(layer.diff_id)
             if is_free and not was_built and self.layers.has(layer.diff_id):
                 self.layers.remove(layer.diff_id)

@@ -75,7 +75,7 @@ class LayerTransfer:
                 if self._blobs.is_intact(self._layer.digest):
                     raise
                 # It was verified once; then the disk is to blame, and a fetched one is as good.
-                self._blobs.discard_layer(self._layer.digest)
+                self._blobs.discard(self._layer.digest)
             else:
                 return
         try:

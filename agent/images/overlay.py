@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import logging
 import secrets
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ import trio
 
 from agent.errors import AgentError, cause_of, failing_as
 from agent.images.atomic_file import sync_directory
+from agent.images.claims import LayerClaims
 from agent.images.content_store import StoredImage
 from agent.images.layer import LayerStore
 from agent.images.layer_stack import LayerStack, StackedLayer
@@ -65,17 +65,21 @@ _THREADS = 16
 class Overlays:
     """The overlays in ``storage_dir``/overlays, made of the layers in ``layers``.
 
+    What has no record on the disk, or none yet, is among ``claims``.
+
     Construction makes the directory and removes what a crash left of ephemeral overlays and of
     removals: what ran on them has ended. It blocks, and raises OSError.
     """
 
-    def __init__(self, storage_dir: Path, layers: LayerStore) -> None:
+    def __init__(
+        self, storage_dir: Path, layers: LayerStore, claims: LayerClaims | None = None
+    ) -> None:
         self._directory = storage_dir.absolute() / "overlays"
         self._layers = layers
+        self._claims = claims or LayerClaims()
         self._locks: dict[str, trio.Lock] = {}
         self._limiter = trio.CapacityLimiter(_THREADS)
         self._stacks: dict[tuple[tuple[str, str], ...], LayerStack] = {}
-        self._ephemeral: Counter[OverlayRecord] = Counter()
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.iterdir():
             if path.name.startswith((_EPHEMERAL, _REMOVED)):
@@ -91,7 +95,8 @@ class Overlays:
         """
         doing = f"prepare overlay {workload_id[:200]!r}"
         root = self._root(workload_id, ErrorCode.OVERLAY_FAILED, doing)
-        async with self._exclusively(workload_id):
+        digests = OverlayRecord.of(image).digests if image is not None else ()
+        async with self._exclusively(workload_id), self._claims.held(digests):
             with failing_as(ErrorCode.OVERLAY_FAILED, doing):
                 return await self._in_thread(self._prepare, root, image)
 
@@ -118,32 +123,26 @@ class Overlays:
         """
         root = self._directory / f"{_EPHEMERAL}{secrets.token_hex(8)}"
         record = OverlayRecord.of(image)
-        self._ephemeral[record] += 1
-        try:
-            with failing_as(ErrorCode.OVERLAY_FAILED, f"make an overlay of {image.reference}"):
-                info = await self._in_thread(self._make_ephemeral, root, record)
-            yield info
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._in_thread(_dispose, root)
-            self._ephemeral[record] -= 1
+        async with self._claims.held(record.digests):
+            try:
+                with failing_as(ErrorCode.OVERLAY_FAILED, f"make an overlay of {image.reference}"):
+                    info = await self._in_thread(self._make_ephemeral, root, record)
+                yield info
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._in_thread(_dispose, root)
 
     def mounted(self) -> list[str]:
         """The workload ids whose overlays are mounted."""
         return sorted(root.name for root in self._roots() if _is_mounted(root))
 
     def pins(self) -> set[OverlayRecord]:
-        """What all overlays are made of, mounted or not, ephemeral ones included.
+        """What all overlays with an id are made of, mounted or not. Blocks.
 
         Raises:
             OSError: a record cannot be read; then nobody knows what is not in use.
         """
-        kept = {record for root in self._roots() if (record := read_record(root)) is not None}
-        return kept | set(+self._ephemeral)
-
-    def in_use(self) -> set[str]:
-        """The config digests of the images that overlays are made of; raises as ``pins``."""
-        return {record.config_digest for record in self.pins()}
+        return {record for root in self._roots() if (record := read_record(root)) is not None}
 
     def unmount_all(self) -> None:
         """Unmount every overlay; the first OSError is raised after the last attempt. Blocks."""

@@ -31,6 +31,11 @@ class OverlayRecord:
         layers = tuple((layer.digest, layer.diff_id) for layer in image.layers)
         return cls(image.reference, image.config_digest, layers)
 
+    @property
+    def digests(self) -> frozenset[str]:
+        """The digests of its layers' blobs, and their diff_ids."""
+        return frozenset().union(*self.layers)
+
 
 def read_record(directory: Path) -> OverlayRecord | None:
     """The record of an overlay; None where there is none, so that it was never mounted.

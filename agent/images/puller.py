@@ -9,6 +9,7 @@ import attrs
 import trio
 
 from agent.errors import AgentError, failing_as
+from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore, NotWhole, StoredImage, Tag
 from agent.images.layer import LayerError, LayerStore
 from agent.images.layer_fetcher import (
@@ -42,12 +43,16 @@ class Puller:
     """
 
     def __init__(
-        self, store: ContentStore, layers: LayerStore, registries: RegistrySettings
+        self,
+        store: ContentStore,
+        layers: LayerStore,
+        registries: RegistrySettings,
+        claims: LayerClaims | None = None,
     ) -> None:
         self._store = store
         self._layers = layers
         self._registries = registries
-        self._fetcher = LayerFetcher(store, layers)
+        self._fetcher = LayerFetcher(store, layers, claims or LayerClaims())
 
     async def pull(
         self,
@@ -114,14 +119,20 @@ class Puller:
                 raise
 
         known = self._store.find_tag(question.reference)
-        if known is not None and known.entry.platform == str(question.platform):
-            image = await self._resolve_again(question, known, ask, on_progress)
-        else:
-            image = await ask(None, retry.PULL)
-        digests = [digest for layer in image.layers for digest in (layer.digest, layer.diff_id)]
-        with self._fetcher.claims.held(digests):
-            await self._fetcher.fetch(image.layers, client, on_progress, limiter)
-            return await trio.to_thread.run_sync(self._name, question, image, limiter=limiter)
+        if known is not None and known.entry.platform != str(question.platform):
+            known = None
+        claims = self._fetcher.claims
+        async with claims.held(known.digests if known is not None else ()):
+            if known is not self._store.find_tag(question.reference):
+                # A collection has just taken it away.
+                known = None
+            if known is not None:
+                image = await self._resolve_again(question, known, ask, on_progress)
+            else:
+                image = await ask(None, retry.PULL)
+            async with claims.held(image.digests):
+                await self._fetcher.fetch(image.layers, client, on_progress, limiter)
+                return await trio.to_thread.run_sync(self._name, question, image, limiter=limiter)
 
     async def _resolve_again(
         self,

@@ -10,10 +10,12 @@ from agent.images.blob_store import BlobStore, digest_of
 from agent.images.content_store import Tag
 from agent.images.image_config import ImageConfig, parse_config
 from agent.images.manifest import (
+    DOCKER_MANIFEST,
     Descriptor,
     ImageIndex,
     ImageManifest,
     InvalidManifest,
+    as_oci,
     parse_manifest,
 )
 from agent.images.persistence import Persistence
@@ -41,13 +43,14 @@ class ResolvedImage:
 
     ``resolved`` is the digest of the manifest or index that the reference names, and
     ``documents`` are the manifest and the config, still to be stored; ``layers`` are bottom
-    first.
+    first. ``digests`` are those of everything that the store is to have of it, diff_ids included.
     """
 
     resolved: str
     manifest_digest: str
     layers: tuple[WantedLayer, ...]
     documents: tuple[bytes, ...]
+    digests: frozenset[str]
 
     @classmethod
     def of(cls, tag: Tag) -> ResolvedImage:
@@ -56,7 +59,7 @@ class ResolvedImage:
             WantedLayer(layer.digest, layer.blob_size, layer.media_type, layer.diff_id)
             for layer in tag.image.layers
         )
-        return cls(tag.entry.resolved, tag.entry.manifest_digest, layers, ())
+        return cls(tag.entry.resolved, tag.entry.manifest_digest, layers, (), tag.digests)
 
 
 @attrs.frozen
@@ -115,7 +118,13 @@ class Question:
             WantedLayer(layer.digest, layer.size, layer.media_type, diff_id)
             for layer, diff_id in zip(document.layers, config.diff_ids, strict=True)
         )
-        return ResolvedImage(resolved, digest_of(data), layers, (data, config_data))
+        to_be_stored = {digest_of(data), digest_of(config_data)}
+        if document.media_type == DOCKER_MANIFEST:
+            to_be_stored.add(digest_of(as_oci(data)))
+        digests = to_be_stored.union(*((layer.digest, layer.diff_id) for layer in layers))
+        return ResolvedImage(
+            resolved, digest_of(data), layers, (data, config_data), frozenset(digests)
+        )
 
     def _fits(self, own: Platform | None) -> bool:
         try:

@@ -15,7 +15,7 @@ from protocol.cli.connection import AGENT_ERRORS, CommandFailed, Settings, conve
 from protocol.cli.execution import PullPolicy
 from protocol.cli.pull import pull
 from protocol.client import AgentClient
-from protocol.values import ImageInfo, StorageStatus
+from protocol.values import CollectedGarbage, ImageInfo, StorageStatus
 
 _FAILED: Final = 1
 _INTERRUPTED: Final = 130
@@ -141,6 +141,23 @@ def query(context: typer.Context, image: Image) -> None:
         output.print_json(answer)
         return
     output.print_image(decode_value(answer.data, ImageInfo))
+
+
+@app.command()
+def gc(
+    context: typer.Context,
+    purge: Annotated[bool, typer.Option("--purge", help="Forget all images first.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed.")
+    ] = False,
+) -> None:
+    """Remove what no image and no overlay needs any more."""
+    settings = settings_of(context)
+    answer = _ask(settings, requests.GarbageCollect(dry_run=dry_run, purge_all=purge))
+    if settings.json:
+        output.print_json(answer)
+        return
+    output.print_garbage(decode_value(answer.data, CollectedGarbage))
 
 
 @app.command()

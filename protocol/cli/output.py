@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from protocol import encode, responses
-from protocol.values import ImageInfo
+from protocol.values import CollectedGarbage, ImageInfo
 
 _SHOWN_DIGEST = 12
 _WIDE = 10_000
@@ -79,6 +79,20 @@ def print_image(image: ImageInfo) -> None:
         "user": image.user,
     }
     print_values({name: value for name, value in values.items() if value})
+
+
+def print_garbage(garbage: CollectedGarbage) -> None:
+    """What ``innkeep gc`` did, as docker's prune says it."""
+    for kind, names in (
+        ("image", garbage.images),
+        ("layer", garbage.layers),
+        ("blob", garbage.blobs),
+        ("partial blob", garbage.partial_blobs),
+    ):
+        for name in names:
+            print(f"{kind}: {name}")
+    verb = "would be freed" if garbage.dry_run else "freed"
+    print(f"{decimal(garbage.freed_bytes)} {verb}")
 
 
 def short_digest(digest: str) -> str:

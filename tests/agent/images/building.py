@@ -1,9 +1,15 @@
 """Layers and images for tests, straight into the stores."""
 
+import gzip
 import hashlib
 
-from agent.images.content_store import StoredImage, StoredLayer
+import orjson
+
+from agent.images.blob_store import UnpackedLayer
+from agent.images.content_store import ContentStore, StoredImage, StoredLayer
 from agent.images.layer import LayerStore
+from agent.images.manifest import OCI_CONFIG, OCI_MANIFEST
+from agent.images.reference import parse_reference
 
 PLAIN = "application/vnd.oci.image.layer.v1.tar"
 
@@ -39,3 +45,36 @@ def image_of(layers: LayerStore, *tars: bytes, reference: str = "test/image:late
         stored.append(StoredLayer(diff_id, diff_id, len(tar), PLAIN, len(tar)))
     config_digest = digest_of(repr(stored).encode())
     return StoredImage(reference, digest_of(b"manifest"), config_digest, tuple(stored), {})
+
+
+def stored_image(
+    store: ContentStore, layers: LayerStore, reference: str, *tars: bytes, gzipped: bool = False
+) -> StoredImage:
+    """The same, in the store as a pull leaves it: documents, blobs, records, mounted layers."""
+    descriptors = []
+    for tar in tars:
+        blob = gzip.compress(tar, 1, mtime=0) if gzipped else tar
+        digest, diff_id = digest_of(blob), digest_of(tar)
+        if not layers.has(diff_id):
+            build(layers, tar)
+        with store.blobs.open_partial(digest) as partial:
+            partial.append(blob[partial.size :])
+            partial.keep()
+        store.blobs.record_unpacked(digest, UnpackedLayer(diff_id, len(tar)))
+        layers.mount(digest, diff_id)
+        media_type = f"{PLAIN}+gzip" if gzipped else PLAIN
+        descriptors.append({"mediaType": media_type, "digest": digest, "size": len(blob)})
+    rootfs = {"type": "layers", "diff_ids": [digest_of(tar) for tar in tars]}
+    config = orjson.dumps({"architecture": "amd64", "os": "linux", "rootfs": rootfs})
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": {
+            "mediaType": OCI_CONFIG,
+            "digest": store.blobs.add_document(config),
+            "size": len(config),
+        },
+        "layers": descriptors,
+    }
+    digest = store.blobs.add_document(orjson.dumps(manifest))
+    return store.tag(parse_reference(reference), digest, resolved=digest, platform="linux/amd64")

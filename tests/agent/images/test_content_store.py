@@ -315,7 +315,7 @@ def test_a_discarded_layer_leaves_nothing(
     with store.blobs.open_partial(layers[1].digest) as partial:
         partial.append(b"x")
     for layer in layers:
-        store.blobs.discard_layer(layer.digest)
+        store.blobs.discard(layer.digest)
     assert store.blobs.unpacked(layers[0].digest) is None
     left = [path for path in (tmp_path / "oci").rglob("*") if path.is_file()]
     assert sorted(path.name for path in left) == ["index.json", "oci-layout"]

@@ -15,6 +15,7 @@ from agent.errors import AgentError
 from agent.images.content_store import StoredImage
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
+from agent.images.overlay_record import OverlayRecord
 from agent.images.workload_id import InvalidWorkloadId, persistent_workload_id
 from agent.linux.mount import MS_BIND, mount, umount2
 from protocol.errors import ErrorCode
@@ -179,7 +180,7 @@ async def test_it_keeps_its_image_when_the_tag_moves(
     old, new = await overlays.prepare(moved, "old"), await overlays.prepare(moved, "new")
     assert names(f"{old.rootfs_path}/etc") == ["motd", "passwd"]
     assert names(f"{new.rootfs_path}/etc") == ["new", "passwd"]
-    assert overlays.in_use() == {image.config_digest, moved.config_digest}
+    assert overlays.pins() == {OverlayRecord.of(image), OverlayRecord.of(moved)}
 
 
 async def test_without_an_image_only_one_that_exists_is_prepared(
@@ -420,10 +421,8 @@ async def test_an_ephemeral_overlay_is_fresh_and_gone_afterwards(
         assert first != second
         write(first.rootfs_path, "etc/new")
         assert not exists(second.rootfs_path, "etc/new")
-        assert overlays.in_use() == {image.config_digest}
         assert overlays.mounted() == []
     assert names(storage / "overlays") == []
-    assert overlays.in_use() == set()
 
 
 async def test_it_is_gone_too_when_what_used_it_is_cancelled(
@@ -469,7 +468,6 @@ async def test_an_overlay_that_cannot_be_made_leaves_nothing(
         async with overlays.ephemeral(image):
             pytest.fail("there is no such overlay")
     assert names(storage / "overlays") == []
-    assert overlays.in_use() == set()
 
 
 async def test_one_that_is_in_use_does_not_keep_the_others_mounted(
