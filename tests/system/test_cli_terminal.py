@@ -9,6 +9,7 @@ import pytest
 from protocol.client import AgentClient
 from tests.protocol.sessions import pattern, run_innkeep
 from tests.protocol.terminal import Terminal, on_terminal
+from tests.support.editor import edit
 from tests.support.execution import lifeline, pull
 from tests.support.images import Images
 from tests.support.machine import Machine
@@ -104,19 +105,7 @@ async def test_a_command_is_stopped_and_brought_back(machine: Machine, where: li
 
 async def test_an_editor_draws_its_screen(machine: Machine, where: list[str]) -> None:
     async with shell_in(machine, where) as terminal:
-        await terminal.type("printf 'first\\nsecond\\n' >/tmp/file; vi /tmp/file\r")
-        screen = await terminal.see(r"/tmp/file 1/2 50%")
-        assert b"first" in screen
-        # 24 lines without the two of the file, and without the last, which tells its name.
-        assert screen.count(b"~") == 21
-        terminal.resize(100, 30)
-        await terminal.see(r"\x1b\[29;1H~")
-        await terminal.see(r"/tmp/file 1/2 50%")
-        await terminal.type("oin between")
-        await terminal.see("in between")
-        # Alone, as by hand: what follows it at once is taken for the rest of a function key.
-        await terminal.type("\x1b")
-        await terminal.see(r"- /tmp/file \[Modified\] 2/3 66%")
+        await edit(terminal)
         await terminal.type(":w\r")
         await terminal.see("3L")
         await terminal.type("dd:q!\r")

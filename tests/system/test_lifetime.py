@@ -11,20 +11,11 @@ import trio
 from initramfs.local_registry import LocalRegistry
 from protocol import requests, responses, values
 from protocol.client import open_client
+from tests.support.crash import kill_agent
 from tests.support.execution import execute, pull, refusal, run, shell
 from tests.support.images import Images
 from tests.support.machine import Machine, booted
 from tests.support.process_tree import descendants, is_running
-from tests.support.watch import until
-
-SERVING = "serving on"
-
-
-async def kill_agent(machine: Machine) -> None:
-    """kill -9, and wait until its successor serves."""
-    served = machine.console_text().count(SERVING)
-    os.kill(machine.agent_pid(), signal.SIGKILL)
-    await until(lambda: machine.console_text().count(SERVING) > served, machine.console)
 
 
 async def test_an_agent_that_is_killed_is_back_with_its_images_and_overlays(

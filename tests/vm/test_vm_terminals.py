@@ -11,6 +11,7 @@ import trio
 
 from protocol.client import AgentClient
 from tests.protocol.terminal import Terminal, on_terminal
+from tests.support.editor import edit
 from tests.support.execution import lifeline, pull, shell
 from tests.support.images import Images
 from tests.support.machine import LOOPBACK_IN_VM, Machine
@@ -117,19 +118,7 @@ async def test_an_editor_draws_its_screen_and_again_when_the_window_grows(
     vm: Machine, container: tuple[str, ...]
 ) -> None:
     async with shell_in(vm, container) as terminal:
-        await terminal.type("printf 'first\\nsecond\\n' >/tmp/file; vi /tmp/file\r")
-        screen = await terminal.see(r"/tmp/file 1/2 50%")
-        assert b"first" in screen
-        # 24 lines without the two of the file, and without the last, which tells its name.
-        assert screen.count(b"~") == 21
-        terminal.resize(100, 30)
-        await terminal.see(r"\x1b\[29;1H~")
-        await terminal.see(r"/tmp/file 1/2 50%")
-        await terminal.type("oin between")
-        await terminal.see("in between")
-        # Alone, as by hand: what follows it at once is taken for the rest of a function key.
-        await terminal.type("\x1b")
-        await terminal.see(r"- /tmp/file \[Modified\] 2/3 66%")
+        await edit(terminal)
         await terminal.type(":wq\r")
         await terminal.see(PROMPT)
         await terminal.type("cat /tmp/file; rm /tmp/file\r")

@@ -14,20 +14,11 @@ from agent.processes.cgroup import Cgroup
 from agent.processes.command import Bind, ContainerCommand
 from agent.processes.container import ContainerRuntime
 from protocol.errors import ErrorCode
-from protocol.values import ImageInfo
+from tests.support.image_info import image_info
 
 PATIENCE_S = 30
 
-IMAGE = ImageInfo(
-    reference="docker.io/library/test:latest",
-    digest="sha256:0",
-    size=0,
-    architecture="amd64",
-    os="linux",
-    layer_count=1,
-    layers=("sha256:1",),
-    env=("PATH=/bin",),
-)
+IMAGE = image_info(env=("PATH=/bin",))
 
 
 @pytest.fixture

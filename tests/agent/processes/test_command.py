@@ -7,17 +7,9 @@ from agent.errors import AgentError
 from agent.processes.command import Command, ContainerCommand
 from agent.processes.network_files import hosts_file
 from protocol.errors import ErrorCode
-from protocol.values import ImageInfo
+from tests.support.image_info import image_info
 
-IMAGE = ImageInfo(
-    reference="docker.io/library/demo:latest",
-    digest="sha256:0",
-    size=0,
-    architecture="amd64",
-    os="linux",
-    layer_count=0,
-    layers=(),
-)
+IMAGE = image_info()
 
 
 def refusal(argv: tuple[str, ...], env: tuple[tuple[str, str], ...] = (), workdir: str = "") -> str:

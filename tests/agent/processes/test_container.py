@@ -22,21 +22,13 @@ from agent.processes.service import Processes, open_processes
 from protocol.errors import ErrorCode
 from protocol.values import ImageInfo
 from tests.support import tiny_programs
+from tests.support.image_info import image_info
 from tests.support.lifelines import Lifeline, lifeline
 from tests.support.process_tree import children, innermost_pid
 
 PATIENCE_S = 30
 
-IMAGE = ImageInfo(
-    reference="docker.io/library/test:latest",
-    digest="sha256:0",
-    size=0,
-    architecture="amd64",
-    os="linux",
-    layer_count=1,
-    layers=("sha256:1",),
-    env=("PATH=/bin", "COLOUR=red", "SHAPE=round"),
-)
+IMAGE = image_info(env=("PATH=/bin", "COLOUR=red", "SHAPE=round"))
 
 
 @attrs.frozen

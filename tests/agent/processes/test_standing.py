@@ -18,22 +18,13 @@ from agent.processes.container import ContainerRuntime
 from agent.processes.service import open_processes
 from agent.processes.standing import StandingContainer, StandingContainers
 from protocol.errors import ErrorCode
-from protocol.values import ImageInfo
+from tests.support.image_info import image_info
 from tests.support.lifelines import Lifeline, lifeline
 from tests.support.watch import until
 
 PATIENCE_S = 30
 
-IMAGE = ImageInfo(
-    reference="docker.io/library/test:latest",
-    digest="sha256:0",
-    size=0,
-    architecture="amd64",
-    os="linux",
-    layer_count=1,
-    layers=("sha256:1",),
-    env=("PATH=/bin", "OF=image"),
-)
+IMAGE = image_info(env=("PATH=/bin", "OF=image"))
 
 
 @attrs.frozen
