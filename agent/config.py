@@ -18,6 +18,7 @@ from agent.bootwords import DEFAULT_LISTEN, kernel_words
 
 T = TypeVar("T")
 
+DEFAULT_HOSTS_DIR = Path("/etc/innkeep/certs.d")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -50,6 +51,8 @@ class AgentConfig:
     run_dir: Path = Path("/run/innkeep")
     insecure_registries: frozenset[str] = frozenset()
     registry_ca_files: Mapping[str, Path] = attrs.field(factory=dict)
+    hosts_dir: Path | None = None
+    """Mirrors of registries, as containerd has them."""
     vsock_peers: frozenset[int] = frozenset()
     uplink: Uplink | None = None
     workload_memory: int | Literal["max"] | None = None
@@ -93,6 +96,7 @@ def _from_words(words: Mapping[str, str]) -> dict[str, Any]:
     known = {*_WORDS, *_MORE_WORDS, *_WORDS_OF_INIT}
     settings: dict[str, Any] = {
         "listen": DEFAULT_LISTEN,
+        "hosts_dir": DEFAULT_HOSTS_DIR,
         "unknown_words": tuple(sorted(words.keys() - known)),
     }
     for key, (name, read) in _WORDS.items():
@@ -152,6 +156,12 @@ def _from_arguments(argv: Sequence[str]) -> dict[str, Any]:
         metavar="HOST:PORT=FILE",
         help="a private CA's certificates for one registry; may be repeated",
     )
+    parser.add_argument(
+        "--hosts-dir",
+        metavar="DIR",
+        type=Path,
+        help="mirrors of registries, in containerd's format: DIR/HOST[:PORT]/hosts.toml",
+    )
     parsed = parser.parse_args(argv)
     return {
         "listen": parsed.listen,
@@ -161,6 +171,7 @@ def _from_arguments(argv: Sequence[str]) -> dict[str, Any]:
             "--insecure-registry", ",".join(parsed.insecure_registry)
         ),
         "registry_ca_files": _ca_files("--registry-ca", ",".join(parsed.registry_ca)),
+        "hosts_dir": parsed.hosts_dir and parsed.hosts_dir.absolute(),
     }
 
 
@@ -187,6 +198,12 @@ def _ca_files(name: str, text: str) -> dict[str, Path]:
             raise ConfigError(f"{name}={pair}: expected HOST:PORT=FILE")
         files[host] = Path(path)
     return files
+
+
+def _absolute_path(name: str, text: str) -> Path:
+    if not text.startswith("/"):
+        raise ConfigError(f"{name}={text}: expected a path that begins with /")
+    return Path(text)
 
 
 def _cids(name: str, text: str) -> frozenset[int]:
@@ -229,6 +246,7 @@ _WORDS: Mapping[str, tuple[str, Callable[[str, str], object]]] = {
     "listen": ("listen", lambda _, text: text),
     "insecure_registry": ("insecure_registries", _registries),
     "registry_ca": ("registry_ca_files", _ca_files),
+    "hosts_dir": ("hosts_dir", _absolute_path),
     "vsock_peers": ("vsock_peers", _cids),
     "workload_memory": ("workload_memory", _memory),
     "workload_pids": ("workload_pids", _processes),

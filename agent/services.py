@@ -20,6 +20,7 @@ from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
 from agent.images.puller import Puller
 from agent.images.registries import RegistrySettings
+from agent.images.registry_hosts import problems
 from agent.network import links
 from agent.processes.container import ContainerRuntime
 from agent.processes.limits import Limits
@@ -111,8 +112,12 @@ class Services:
                 log.error("mount layer %s: %s", digest, cause_of(error))
             overlays = Overlays(storage, layers, claims)
         settings = RegistrySettings(
-            insecure=self.config.insecure_registries, ca_files=self.config.registry_ca_files
+            insecure=self.config.insecure_registries,
+            ca_files=self.config.registry_ca_files,
+            hosts_dir=self.config.hosts_dir,
         )
+        for problem in problems(settings.hosts_dir) if settings.hosts_dir else ():
+            log.error("registries: %s", problem)
         puller = Puller(store, layers, settings, claims)
         garbage = GarbageCollector(store, layers, overlays, claims)
         return Images(store, layers, overlays, puller, claims, garbage)

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,20 +52,28 @@ def local_registry(
     certificate: Path | None = None,
     key: Path | None = None,
     storage_dir: Path | None = None,
+    upstream: str | None = None,
+    auth: Mapping[str, object] | None = None,
 ) -> Iterator[LocalRegistry]:
-    """Serve an empty registry until the block is left; nothing of it stays behind.
+    """Serve a registry until the block is left; nothing of it stays behind.
 
-    Plain HTTP, or HTTPS when a PEM `certificate` chain and its `key` are given. With
-    `storage_dir` it has what was pushed to an earlier one there, and what is pushed stays. Blocks
-    for some 50 ms until the server listens. Raises RegistryError.
+    Plain HTTP, or HTTPS when a PEM `certificate` chain and its `key` are given. It is empty, or
+    has what was pushed to an earlier one in `storage_dir`, where what is pushed stays, or is a
+    pull-through cache of the registry with the URL `upstream`. `auth` is that section of its
+    configuration. Blocks for some 50 ms until the server listens. Raises RegistryError.
     """
     if shutil.which("docker-registry") is None:
         raise RegistryError("docker-registry is missing: apt-get install docker-registry")
     with tempfile.TemporaryDirectory(prefix="innkeep-registry-") as directory:
         root = Path(directory)
         storage_dir = storage_dir or root / "storage"
+        configuration = _configuration(storage_dir, certificate, key)
+        if upstream is not None:
+            configuration["proxy"] = {"remoteurl": upstream}
+        if auth is not None:
+            configuration["auth"] = auth
         config = root / "config.yml"
-        config.write_text(json.dumps(_configuration(storage_dir, certificate, key)))
+        config.write_text(json.dumps(configuration))
         access_log = root / "access.log"
         with (
             access_log.open("wb") as requests,

@@ -19,7 +19,7 @@ from agent.images.registries import RegistryError
 from agent.images.resolution import WantedLayer
 
 if TYPE_CHECKING:
-    from agent.images.registry import RegistryClient
+    from agent.images.mirrored_registry import MirroredRegistry
 
 # Of one pull: each is a thread, a mkfs.erofs and a connection.
 LAYERS_AT_ONCE = 4
@@ -48,7 +48,7 @@ class LayerFetcher:
     async def fetch(
         self,
         wanted: tuple[WantedLayer, ...],
-        client: RegistryClient,
+        client: MirroredRegistry,
         on_progress: OnProgress,
         limiter: trio.CapacityLimiter,
     ) -> None:
@@ -86,7 +86,7 @@ class LayerFetcher:
     async def _fetch_one(
         self,
         layer: WantedLayer,
-        client: RegistryClient,
+        client: MirroredRegistry,
         meter: ProgressMeter,
         limiter: trio.CapacityLimiter,
         running: set[LayerTransfer],
@@ -164,7 +164,7 @@ class LayerFetcher:
                 self.layers.remove(layer.diff_id)
 
 
-async def _abort_when_cancelled(client: RegistryClient, running: set[LayerTransfer]) -> None:
+async def _abort_when_cancelled(client: MirroredRegistry, running: set[LayerTransfer]) -> None:
     # A thread looks for a cancellation only between two blocks. One may be 30 s in coming, and
     # long in unpacking.
     try:

@@ -14,12 +14,13 @@ from agent.images.blob_store import BlobStore, UnpackedLayer
 from agent.images.layer import LayerBuild, LayerError, LayerStore
 from agent.images.partial_blob import PartialBlob
 from agent.images.persistence import Persistence
-from agent.images.registries import RegistryError
+from agent.images.registries import MirrorError, RegistryError
 from agent.images.resolution import WantedLayer
 from protocol import retry
 
 if TYPE_CHECKING:
-    from agent.images.registry import BlobBody, RegistryClient
+    from agent.images.blob_body import BlobBody
+    from agent.images.mirrored_registry import MirroredRegistry
 
 _BLOCK = 1 << 20
 
@@ -28,8 +29,8 @@ class DamagedBlob(Exception):
     """A blob has not the digest that the manifest gives it; the text says which it has."""
 
 
-class _BadBeginning(Exception):
-    """What an earlier pull left of the blob was of no use, and is gone."""
+class _BadSource(Exception):
+    """What an earlier pull left of the blob, or a mirror gave, was of no use, and is gone."""
 
 
 class LayerTransfer:
@@ -44,7 +45,7 @@ class LayerTransfer:
         layer: WantedLayer,
         blobs: BlobStore,
         layers: LayerStore,
-        client: RegistryClient,
+        client: MirroredRegistry,
         on_position: Callable[[int], None],
     ) -> None:
         self._layer = layer
@@ -78,10 +79,12 @@ class LayerTransfer:
                 self._blobs.discard(self._layer.digest)
             else:
                 return
-        try:
-            self._fetch()
-        except _BadBeginning:
-            self._fetch()
+        while True:
+            try:
+                self._fetch()
+            except _BadSource:
+                continue  # which is gone now, so that there is an end
+            return
 
     def interrupt(self) -> None:
         """Let another thread's `run` fail soon, also where one block is long in unpacking."""
@@ -113,21 +116,24 @@ class LayerTransfer:
                 if is_full_disk(error):
                     raise  # what was fetched is not to blame
                 partial.discard()
-                if resumed:
+                if self._client.blame(layer.digest) or resumed:
                     # Perhaps only what was there before was no good.
-                    raise _BadBeginning from error
+                    raise _BadSource from error
                 raise
             partial.keep()
         self._blobs.record_unpacked(layer.digest, UnpackedLayer(layer.diff_id, tar_bytes))
 
     def _download(self, partial: PartialBlob, stream: _Stream) -> None:
         """Get what is missing, in as many requests as it takes and the policy allows."""
-        while stream.position < self._layer.size:
+        layer = self._layer
+        while stream.position < layer.size:
             try:
-                with self._client.open_blob(self._layer.digest, stream.position) as body:
+                with self._client.open_blob(layer.digest, layer.size, stream.position) as body:
                     self._receive(body, partial, stream)
+            except MirrorError:
+                trio.from_thread.check_cancelled()  # another is asked at once
             except RegistryError as failure:
-                if stream.position < self._layer.size:
+                if stream.position < layer.size:
                     self._persistence.wait(failure)
 
     def _receive(self, body: BlobBody, partial: PartialBlob, stream: _Stream) -> None:
@@ -144,6 +150,7 @@ class LayerTransfer:
             raise RegistryError(
                 f"after {stream.position} of {size} bytes: {failure}",
                 transient=failure.transient,
+                timed_out=failure.timed_out,
             ) from failure
         if stream.position < size:
             raise RegistryError(

@@ -34,7 +34,13 @@ class PartialBlob:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        try:
+            self._file.flush()
+            is_empty = not self.size
+        finally:
+            self._file.close()
+        if is_empty:
+            self._path.unlink(missing_ok=True)  # of what was refused nothing stays
 
     @property
     def size(self) -> int:

@@ -23,13 +23,14 @@ from agent.images.platform import NoSuchPlatform, Platform, local_platform
 from agent.images.progress import OnProgress, PullProgress
 from agent.images.reference import Reference
 from agent.images.registries import RegistryError, RegistrySettings
+from agent.images.registry_hosts import HostsError
 from agent.images.resolution import Question, ResolvedImage
 from protocol import retry
 from protocol.errors import ErrorCode
 from protocol.values import RegistryAuth
 
 if TYPE_CHECKING:
-    from agent.images.registry import RegistryClient
+    from agent.images.mirrored_registry import MirroredRegistry
 
 # For asking whether a tag has moved, where the image is there to be used if nobody answers.
 _PATIENCE_S = 2
@@ -81,7 +82,7 @@ class Puller:
         try:
             with failing_as(ErrorCode.PULL_FAILED, doing):
                 client = await trio.to_thread.run_sync(
-                    _open_client,
+                    _open_registry,
                     reference,
                     self._registries,
                     auth,
@@ -96,7 +97,7 @@ class Puller:
 
     async def _pull(
         self,
-        client: RegistryClient,
+        client: MirroredRegistry,
         question: Question,
         on_progress: OnProgress,
         limiter: trio.CapacityLimiter,
@@ -183,6 +184,7 @@ class Puller:
 
 _FAILURES = (
     DiskFullError,
+    HostsError,
     InvalidManifest,
     LayerError,
     LayerFetchError,
@@ -192,14 +194,14 @@ _FAILURES = (
 )
 
 
-def _open_client(
+def _open_registry(
     reference: Reference,
     registries: RegistrySettings,
     auth: RegistryAuth | None,
     proxy: str | None,
     no_proxy: str | None,
-) -> RegistryClient:
+) -> MirroredRegistry:
     # In a worker thread, and here, since it is slow to import.
-    from agent.images.registry import RegistryClient
+    from agent.images.mirrored_registry import MirroredRegistry
 
-    return RegistryClient(reference, registries, auth, proxy=proxy, no_proxy=no_proxy)
+    return MirroredRegistry(reference, registries, auth, proxy=proxy, no_proxy=no_proxy)

@@ -17,93 +17,71 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from urllib.parse import urlsplit
 
+import attrs
 import oras.auth.utils
 import oras.provider
 import requests
-import urllib3.exceptions
 
+from agent.images.blob_body import BlobBody
 from agent.images.blob_store import digest_of
 from agent.images.manifest import ACCEPTED_MANIFESTS, LARGEST_MANIFEST, Descriptor
-from agent.images.reference import DOCKER_HUB, Reference
+from agent.images.reference import Reference
 from agent.images.registries import RegistryError, RegistrySettings
-from agent.images.registry_failure import failure_of, host_of, refusal_of
+from agent.images.registry_failure import FAILURES, failure_of, host_of, refusal_of
+from agent.images.registry_hosts import Endpoint, real_host
 from agent.images.transport import Transport
 from protocol.values import RegistryAuth
 
-# Docker's name for its registry is not the name of its host.
-_HOSTS = {DOCKER_HUB: "registry-1.docker.io"}
 _MOST_REDIRECTS = 10
-_BLOCK = 1 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
-_FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
-
-
-class BlobBody:
-    """A blob's bytes from ``offset`` on: that which was asked for, or 0 of a registry without
-    ranges.
-    """
-
-    def __init__(self, response: requests.Response, offset: int, host: str) -> None:
-        self.offset = offset
-        self._response = response
-        self._host = host
-
-    def blocks(self) -> Iterator[bytes]:
-        """The bytes as they arrive, at most 1 MiB at a time, ending when the body does.
-
-        A body that ends before its time just ends; the caller knows the blob's size.
-
-        Raises:
-            RegistryError: nothing arrived for 30 s, or the connection broke.
-        """
-        while True:
-            try:
-                block = self._response.raw.read1(_BLOCK, decode_content=False)
-            except urllib3.exceptions.IncompleteRead:
-                return
-            except _FAILURES as error:
-                raise failure_of(error, self._host) from error
-            if not block:
-                return
-            yield block
 
 
 class RegistryClient:
-    """Conversations about one repository, for the time of one pull; a context manager.
+    """Conversations with one endpoint about one repository, for the time of one pull.
 
-    Any thread may call any method. All but ``abort`` raise RegistryError.
+    Any thread may call any method. All but ``abort`` and ``close`` raise RegistryError. ``auth``
+    is used only where the endpoint is the very host that the reference names.
     """
 
     def __init__(
         self,
         reference: Reference,
+        endpoint: Endpoint,
         settings: RegistrySettings,
         auth: RegistryAuth | None,
         *,
+        is_mirror: bool = False,
         proxy: str | None = None,
         no_proxy: str | None = None,
     ) -> None:
         # Lines of oras quote token servers' answers, and urllib3's have signed URLs in them.
         for name in ("oras", "urllib3"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._host = _HOSTS.get(reference.registry, reference.registry)
-        self._insecure = reference.registry in settings.insecure
-        self._auth = auth
+        own = endpoint.host == real_host(reference.registry)
+        self.endpoint = endpoint
+        self.host = endpoint.host
+        self._auth = auth if own else None
         self._authorization: str | None = None
         self._authenticating = threading.Lock()
         self._asking_token: int | None = None  # the thread that does
         self._token_refusal: requests.Response | None = None
+        limits = settings.limits
+        connect_s = limits.mirror_connect_s if is_mirror else limits.connect_s
+        self._limits = attrs.evolve(limits, connect_s=endpoint.dial_timeout_s or connect_s)
         self._transport = Transport(
-            plain_http=self._insecure,
-            ca_files={_HOSTS.get(name, name): file for name, file in settings.ca_files.items()},
+            endpoint,
+            self._limits,
+            ca_files={real_host(name): file for name, file in settings.ca_files.items()},
             proxy=proxy,
             no_proxy=no_proxy,
         )
-        self._oras = oras.provider.Registry(self._host, insecure=self._insecure)
-        self._url = f"{self._oras.prefix}://{self._host}/v2/{reference.repository}"
+        self._oras = oras.provider.Registry(self.host, insecure=endpoint.is_plain)
+        self._repository = reference.repository
+        self._url = f"{endpoint.url}/{reference.repository}"
+        # Mirrors of many registries go by it.
+        self._query = {} if own else {"ns": reference.registry}
         session = self._oras.session
         session.trust_env = False  # no proxies, netrc or CA bundle of the agent's environment
         session.max_redirects = _MOST_REDIRECTS
@@ -112,18 +90,11 @@ class RegistryClient:
         session.mount("https://", self._transport)
         session.mount("http://", self._transport)
         session.hooks["response"].append(self._note_token_refusal)
-        if auth is not None:
-            self._oras.auth.set_basic_auth(auth.username, auth.password)
+        if self._auth is not None:
+            self._oras.auth.set_basic_auth(self._auth.username, self._auth.password)
 
-    def __enter__(self) -> RegistryClient:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the connections that it keeps."""
         self._oras.session.close()
 
     def abort(self) -> None:
@@ -169,22 +140,25 @@ class RegistryClient:
         return data
 
     @contextmanager
-    def open_blob(self, digest: str, offset: int) -> Iterator[BlobBody]:
-        """A blob from `offset` on, as far as the registry can; nothing of it is verified here."""
+    def open_blob(self, digest: str, size: int, offset: int) -> Iterator[BlobBody]:
+        """A blob of `size` bytes from `offset` on, as far as the registry can; nothing of it is
+        verified here.
+        """
         url = f"{self._url}/blobs/{digest}"
-        response = self._send("GET", url, _range_from(offset), stream=True)
-        if response.status_code == 416 and offset:
-            # What some answer that have no ranges.
-            response.close()
-            response = self._send("GET", url, {}, stream=True)
+        with self._transport.expecting(size):
+            response = self._send("GET", url, _range_from(offset), stream=True)
+            if response.status_code == 416 and offset:
+                # What some answer that have no ranges.
+                response.close()
+                response = self._send("GET", url, {}, stream=True)
         try:
             if response.status_code == 206:
                 sent = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
-                if sent is None or int(sent[1]) != offset:
-                    raise RegistryError(f"{self._host} answered with another range than asked for")
-                yield BlobBody(response, offset, self._host)
+                if sent is None or sent[1] != str(offset):
+                    raise RegistryError(f"{self.host} answered with another range than asked for")
+                yield BlobBody(response, offset, self.host, self._limits)
             elif response.status_code == 200:
-                yield BlobBody(response, 0, self._host)
+                yield BlobBody(response, 0, self.host, self._limits)
             else:
                 raise refusal_of(response, self._hint(response))
         finally:
@@ -203,7 +177,7 @@ class RegistryClient:
         """Send a request, a second time with credentials where the registry asks for them."""
         used = self._authorization
         response = self._send_once(method, url, headers, used, stream)
-        if response.status_code == 401 and host_of(response.url) == self._host:
+        if response.status_code == 401 and host_of(response.url) == self.host:
             challenge = response.headers.get("WWW-Authenticate", "")
             if self._authenticate(challenge, used):
                 response.close()
@@ -222,10 +196,15 @@ class RegistryClient:
         credentials = {"Authorization": authorization} if authorization else {}
         try:
             response: requests.Response = self._oras.session.request(
-                method, url, headers=headers | credentials, stream=stream, allow_redirects=True
+                method,
+                url,
+                params=self._query,
+                headers=headers | credentials,
+                stream=stream,
+                allow_redirects=True,
             )
-        except _FAILURES as error:
-            raise failure_of(error, self._host) from error
+        except FAILURES as error:
+            raise failure_of(error, self.host, self._limits) from error
         return response
 
     # Authentication
@@ -250,11 +229,16 @@ class RegistryClient:
 
     def _ask_token(self, challenge: str) -> str:
         wanted = oras.auth.utils.parse_auth_header(challenge)
-        realm = urlsplit(wanted.realm or "")
+        # As docker asks where a registry leaves it open.
+        wanted.scope = wanted.scope or f"repository:{self._repository}:pull"
+        try:
+            realm = urlsplit(wanted.realm or "")
+        except ValueError:
+            realm = urlsplit("")
         # Over plain HTTP credentials go only where the configuration already lets them go.
         same_host = realm.hostname == urlsplit(self._url).hostname
-        if realm.scheme != "https" and not (self._insecure and same_host):
-            raise RegistryError(f"{self._host} asks for a token of {wanted.realm!r}, not HTTPS")
+        if realm.scheme != "https" and not (self.endpoint.is_plain and same_host):
+            raise RegistryError(f"{self.host} asks for a token of {wanted.realm!r}, not HTTPS")
         self._token_refusal = None
         self._asking_token = threading.get_ident()
         backend = self._oras.auth
@@ -262,8 +246,8 @@ class RegistryClient:
             token = (backend.request_token if self._auth else backend.request_anonymous_token)(
                 wanted
             )
-        except _FAILURES as error:  # an answer that is not JSON among them
-            raise failure_of(error, realm.netloc) from error
+        except FAILURES as error:  # an answer that is not JSON among them
+            raise failure_of(error, realm.netloc, self._limits) from error
         except AttributeError as error:  # JSON, but no object
             raise RegistryError(f"{realm.netloc} answered with no token") from error
         finally:

@@ -7,6 +7,7 @@ a proxy's password possibly among them; so texts are made anew from what lies at
 from __future__ import annotations
 
 import http.client
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -18,15 +19,27 @@ import orjson
 import requests
 import urllib3.exceptions
 
-from agent.images.registries import RegistryError
-from agent.images.transport import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, TransportError
+from agent.images.paced_socket import TooMuch, TooSlow
+from agent.images.registries import RegistryError, TimeLimits
+from agent.images.transport import TransportError
 from protocol.retry import is_transient
+
+# What requests and urllib3 raise when they fail, also over what a server sends in headers: a
+# redirect to no URL is a ValueError, and JSON that is nested too deeply a RecursionError.
+FAILURES = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    OSError,
+    ValueError,
+    RecursionError,
+)
 
 _LONGEST_WORDS = 300
 _ERROR_BYTES = 4096
+_TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3}) ?(.*)")
 
 
-def failure_of(error: BaseException, host: str) -> RegistryError:
+def failure_of(error: BaseException, host: str, limits: TimeLimits) -> RegistryError:
     """The error of a request to `host`, or to where that leads, without a whole answer."""
     if isinstance(error, TransportError):
         return RegistryError(str(error))
@@ -37,6 +50,10 @@ def failure_of(error: BaseException, host: str) -> RegistryError:
         host = host_of(error.request.url) or host
     for cause in causes:
         match cause:
+            case TooSlow():
+                return RegistryError(f"{host} is too slow: {cause}", transient=True, timed_out=True)
+            case TooMuch():
+                return RegistryError(f"{host} answers with {cause}")
             case socket.gaierror():
                 return RegistryError(
                     f"cannot resolve {host}: {cause.strerror}",
@@ -53,19 +70,23 @@ def failure_of(error: BaseException, host: str) -> RegistryError:
                     f"{host} does not speak TLS; if it is meant to be used over plain HTTP, "
                     f"add --insecure-registry {host}"
                 )
+            case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
+                return RegistryError(f"{host} hung up without an answer", transient=True)
             case ssl.SSLError():
                 return RegistryError(f"TLS with {host}: {cause.reason or cause.strerror}")
             case urllib3.exceptions.ConnectTimeoutError() | requests.ConnectTimeout():
                 return RegistryError(
-                    f"no connection to {host} within {CONNECT_TIMEOUT_S} s",
+                    f"no connection to {host} within {limits.connect_s:g} s",
                     transient=True,
                     unreachable=True,
+                    timed_out=True,
                 )
             case urllib3.exceptions.ReadTimeoutError() | requests.ReadTimeout():
                 return RegistryError(
-                    f"nothing came from {host} for {READ_TIMEOUT_S} s",
+                    f"nothing came from {host} for {limits.silence_s:g} s",
                     transient=True,
                     unreachable=True,
+                    timed_out=True,
                 )
             case http.client.RemoteDisconnected():
                 return RegistryError(f"{host} hung up without an answer", transient=True)
@@ -76,6 +97,12 @@ def failure_of(error: BaseException, host: str) -> RegistryError:
                     f"connection to {host}: {cause.strerror}",
                     transient=is_transient(cause),
                     unreachable=True,
+                )
+            case OSError() if refused := _TUNNEL_REFUSED.match(str(cause)):
+                status, reason = int(refused[1]), _one_line(refused[2])
+                return RegistryError(
+                    f"the proxy answered {status} {reason}".rstrip(),
+                    transient=is_transient(status),
                 )
             case http.client.HTTPException():
                 return RegistryError(f"{host} does not speak HTTP: {_one_line(str(cause))}")

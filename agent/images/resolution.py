@@ -24,7 +24,7 @@ from agent.images.reference import Reference
 from protocol.retry import RetryPolicy
 
 if TYPE_CHECKING:
-    from agent.images.registry import RegistryClient
+    from agent.images.mirrored_registry import MirroredRegistry
 
 
 @attrs.frozen
@@ -75,7 +75,7 @@ class Question:
     insist: bool
 
     def ask(
-        self, client: RegistryClient, blobs: BlobStore, known: Tag | None, policy: RetryPolicy
+        self, client: MirroredRegistry, blobs: BlobStore, known: Tag | None, policy: RetryPolicy
     ) -> ResolvedImage:
         """What the registry says to it; in a worker thread.
 
@@ -135,7 +135,7 @@ class Question:
 
 
 def _manifest(
-    client: RegistryClient, blobs: BlobStore, chosen: Descriptor, policy: RetryPolicy
+    client: MirroredRegistry, blobs: BlobStore, chosen: Descriptor, policy: RetryPolicy
 ) -> bytes:
     data = blobs.read_document(chosen.digest)
     if data is None:
@@ -148,7 +148,7 @@ def _manifest(
 
 
 def _config(
-    client: RegistryClient, blobs: BlobStore, descriptor: Descriptor, policy: RetryPolicy
+    client: MirroredRegistry, blobs: BlobStore, descriptor: Descriptor, policy: RetryPolicy
 ) -> bytes:
     data = blobs.read_document(descriptor.digest)
     if data is None:

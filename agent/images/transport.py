@@ -10,24 +10,29 @@ import socket
 import ssl
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+import urllib3.exceptions
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from agent.images.no_proxy import bypasses_proxy
-
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 30
+from agent.images.paced_socket import Pace, PlainSocket, TlsSocket, plain
+from agent.images.registries import TimeLimits
+from agent.images.registry_hosts import Endpoint
 
 # Debian's ca-certificates. Not certifi's: an administrator's own CAs are in this one.
 _SYSTEM_CA_FILE = Path("/etc/ssl/certs/ca-certificates.crt")
 _LARGEST_DOCUMENT = 8 << 20
+# More than any server's own limit; http.client's is on each line and on their number, but not on
+# how many interim answers (100 Continue) there are.
+_LARGEST_HEADERS = 1 << 20
 
 
 class TransportError(requests.RequestException):
@@ -35,32 +40,40 @@ class TransportError(requests.RequestException):
 
 
 class Transport(HTTPAdapter):
-    """The adapter of one session with one registry, for whatever hosts that leads to.
+    """The adapter of one session with one endpoint, for whatever hosts that leads to.
 
-    ``ca_files`` are trusted each for one ``HOST[:PORT]`` only, beside the system's CAs. Without
-    ``plain_http`` nothing goes over plain HTTP, a redirect's target neither. ``no_proxy`` lists
-    hosts as the environment variable of that name does.
+    ``ca_files`` are trusted each for one ``HOST[:PORT]`` only, beside the system's CAs. Unless
+    the endpoint is, nothing is spoken to over plain HTTP, a redirect's target neither.
+    ``no_proxy`` lists hosts as the environment variable of that name does.
 
     Any thread may send, and any may call `abort`.
     """
 
     def __init__(
         self,
+        endpoint: Endpoint,
+        limits: TimeLimits,
         *,
-        plain_http: bool,
         ca_files: Mapping[str, Path],
         proxy: str | None,
         no_proxy: str | None,
     ) -> None:
-        self._plain_http = plain_http
+        self._endpoint = endpoint
+        self._limits = limits
         self._ca_files = ca_files
+        if endpoint.proxy:
+            proxy, no_proxy = endpoint.proxy, None
         self._proxies = {"http": proxy, "https": proxy} if proxy else {}
         self._no_proxy = no_proxy or ""
         self._lock = threading.Lock()
-        self._contexts: dict[Path | None, ssl.SSLContext] = {}
+        self._contexts: dict[str | None, ssl.SSLContext] = {}
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._aborted = False
-        self._pools = _tracking_pools(self)
+        self._expecting = threading.local()
+        self._pools = _paced_pools(self)
+        if endpoint.skip_verify:
+            # Whoever configures it knows.
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         # Attempts are counted and spaced by the caller.
         super().__init__(max_retries=0)
 
@@ -76,6 +89,17 @@ class Transport(HTTPAdapter):
             except OSError:
                 continue  # closed by now
 
+    @contextmanager
+    def expecting(self, most_bytes: int) -> Iterator[None]:
+        """Let the answers to this thread's requests be so long; else they are documents."""
+        self._expecting.most_bytes = most_bytes
+        try:
+            yield
+        finally:
+            del self._expecting.most_bytes
+
+    # What connections call
+
     def track(self, opened: socket.socket) -> None:
         """Let `abort` reach a socket that was just connected."""
         with self._lock:
@@ -85,6 +109,15 @@ class Transport(HTTPAdapter):
             opened.close()
             raise ConnectionAbortedError("the pull was cancelled")
 
+    @contextmanager
+    def receiving(self, opened: PlainSocket | TlsSocket) -> Iterator[None]:
+        """Bound an answer: its headers within the block, all the rest after it."""
+        opened.pace = Pace(self._limits, _LARGEST_HEADERS)
+        yield
+        most_bytes: int = getattr(self._expecting, "most_bytes", _LARGEST_DOCUMENT)
+        # Twice, and some more, since chunks have sizes, and the end may have trailers.
+        opened.pace = Pace(self._limits, 2 * most_bytes + _LARGEST_HEADERS)
+
     # What requests calls
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -92,6 +125,8 @@ class Transport(HTTPAdapter):
         self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        if proxy.startswith("https:") and "proxy_ssl_context" not in kwargs:
+            kwargs["proxy_ssl_context"] = self._context(urlsplit(proxy).netloc.rpartition("@")[2])
         manager = super().proxy_manager_for(proxy, **kwargs)
         manager.pool_classes_by_scheme = self._pools
         return manager
@@ -99,9 +134,11 @@ class Transport(HTTPAdapter):
     def build_connection_pool_key_attributes(
         self, request: requests.PreparedRequest, verify: Any, cert: Any = None
     ) -> tuple[Any, Any]:
-        host, tls = super().build_connection_pool_key_attributes(request, True, None)
+        netloc = urlsplit(_url_of(request)).netloc
+        verified = not (self._endpoint.skip_verify and netloc == self._endpoint.host)
+        host, tls = super().build_connection_pool_key_attributes(request, verified, None)
         if host["scheme"] == "https":
-            tls["ssl_context"] = self._context(urlsplit(_url_of(request)).netloc)
+            tls["ssl_context"] = self._context(netloc)
         return host, tls
 
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
@@ -119,12 +156,17 @@ class Transport(HTTPAdapter):
         url = _url_of(request)
         scheme, netloc = urlsplit(url)[:2]
         host = netloc.rpartition("@")[2]
-        if scheme != "https" and not self._plain_http:
+        if scheme != "https" and not self._endpoint.is_plain:
             raise TransportError(f"it leads to {scheme}://{host}, which is not HTTPS")
+        for name, value in self._endpoint.headers.items():
+            if host == self._endpoint.host:
+                request.headers.setdefault(name, value)
+            elif request.headers.get(name) == value:
+                del request.headers[name]  # a redirect's target gets a copy of the request
         response = super().send(
             request,
             stream=True,
-            timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+            timeout=(self._limits.connect_s, self._limits.silence_s),
             proxies={} if bypasses_proxy(url, self._no_proxy) else self._proxies,
         )
         # These are read to their end, so they have to have one. What a streaming request was
@@ -139,21 +181,38 @@ class Transport(HTTPAdapter):
         return response
 
     def _context(self, host: str) -> ssl.SSLContext:
-        ca_file = self._ca_files.get(host)
+        own = host == self._endpoint.host
+        key = host if own or host in self._ca_files else None
         with self._lock:
-            if ca_file not in self._contexts:
+            if key not in self._contexts:
                 # Takes some 30 ms, so it is made when it is first needed.
-                system = str(_SYSTEM_CA_FILE) if _SYSTEM_CA_FILE.exists() else None
-                context = ssl.create_default_context(cafile=system)
-                if ca_file is not None:
-                    try:
-                        context.load_verify_locations(ca_file)
-                    except OSError as error:  # ssl.SSLError too
-                        raise TransportError(
-                            f"CA file {ca_file} of {host}: {error.strerror}"
-                        ) from error
-                self._contexts[ca_file] = context
-            return self._contexts[ca_file]
+                self._contexts[key] = self._make_context(host, own=own)
+            return self._contexts[key]
+
+    def _make_context(self, host: str, *, own: bool) -> ssl.SSLContext:
+        system = str(_SYSTEM_CA_FILE) if _SYSTEM_CA_FILE.exists() else None
+        context = ssl.create_default_context(cafile=system)
+        context.sslsocket_class = TlsSocket
+        trusted = [self._ca_files[host]] if host in self._ca_files else []
+        for ca_file in [*trusted, *(self._endpoint.ca_files if own else ())]:
+            try:
+                context.load_verify_locations(ca_file)
+            except OSError as error:  # ssl.SSLError too
+                raise TransportError(f"CA file {ca_file} of {host}: {error.strerror}") from error
+        if not own:
+            return context
+        for certificate, secret in self._endpoint.client_certificates:
+            try:
+                # Without a password OpenSSL would ask for one on the terminal.
+                context.load_cert_chain(certificate, secret, password=lambda: b"")
+            except OSError as error:
+                raise TransportError(
+                    f"client certificate {certificate} for {host}: {error.strerror}"
+                ) from error
+        if self._endpoint.skip_verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
 
 
 def _url_of(request: requests.PreparedRequest) -> str:
@@ -162,16 +221,26 @@ def _url_of(request: requests.PreparedRequest) -> str:
     return request.url
 
 
-def _tracking_pools(transport: Transport) -> dict[str, type[HTTPConnectionPool]]:
+def _paced_pools(transport: Transport) -> dict[str, type[HTTPConnectionPool]]:
     class PlainConnection(HTTPConnection):
         def connect(self) -> None:
             super().connect()
+            self.sock = plain(self.sock)
             transport.track(self.sock)
+
+        def getresponse(self) -> Any:
+            assert isinstance(self.sock, PlainSocket)
+            with transport.receiving(self.sock):
+                return super().getresponse()
 
     class TlsConnection(HTTPSConnection):
         def connect(self) -> None:
             super().connect()
-            transport.track(self.sock)
+            transport.track(_outermost(self.sock))
+
+        def getresponse(self) -> Any:
+            with transport.receiving(_outermost(self.sock)):
+                return super().getresponse()
 
     class PlainPool(HTTPConnectionPool):
         ConnectionCls = PlainConnection
@@ -180,3 +249,10 @@ def _tracking_pools(transport: Transport) -> dict[str, type[HTTPConnectionPool]]
         ConnectionCls = TlsConnection
 
     return {"http": PlainPool, "https": TlsPool}
+
+
+def _outermost(opened: Any) -> TlsSocket:
+    """The socket itself: within a proxy's TLS urllib3 has one that only looks like it."""
+    outermost = getattr(opened, "socket", opened)
+    assert isinstance(outermost, TlsSocket)
+    return outermost

@@ -65,13 +65,23 @@ def test_registries_may_be_repeated_as_arguments() -> None:
             "--registry-ca=c:3=/etc/ca.pem",
         ],
     )
+    assert config.hosts_dir is None
     assert config.insecure_registries == {"a:1", "b:2"}
     assert config.registry_ca_files == {"c:3": Path("/etc/ca.pem")}
+
+
+def test_mirrors_are_found_where_containerd_has_them_below_our_own_name_or_elsewhere() -> None:
+    assert AgentConfig.from_boot("quiet", {}, []).hosts_dir == Path("/etc/innkeep/certs.d")
+    config = AgentConfig.from_boot("innkeep.hosts_dir=/storage/certs.d", {}, [])
+    assert config.hosts_dir == Path("/storage/certs.d")
+    config = AgentConfig.from_boot("", {}, [*ARGUMENTS, "--hosts-dir=/etc/containerd/certs.d"])
+    assert config.hosts_dir == Path("/etc/containerd/certs.d")
 
 
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
+        ("innkeep.hosts_dir=certs.d", "expected a path that begins with /"),
         ("innkeep.storage=vda", "innkeep.storage=vda: expected a device, 'memory' or 'dir'"),
         ("innkeep.ip=10.0.2", "innkeep.ip=10.0.2: "),
         ("innkeep.vsock_peers=host", "innkeep.vsock_peers=host: "),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 from attrs import define, field, frozen
 
@@ -23,12 +24,13 @@ REPOSITORY = "test/image"
 @frozen
 class Request:
     """A request that the registry got; `path` is what stands after the repository, if it is there,
-    with the query."""
+    with the query but for `ns`, which a mirror is told the registry's name in."""
 
     method: str
     path: str
     headers: Mapping[str, str]
     client: tuple[str, int]
+    ns: str | None = None
 
 
 class Exchange:
@@ -237,6 +239,10 @@ class MisbehavingRegistry:
         index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": list(manifests)}
         return self.add_manifest(tag, _json(index), INDEX)
 
+    def forget_all(self) -> None:
+        """Have nothing any more."""
+        self._contents.clear()
+
     def content(self, path: str) -> bytes:
         return self._contents[path][1]
 
@@ -257,8 +263,15 @@ class MisbehavingRegistry:
 
     def serve(self, handler: "_Handler") -> None:
         path = handler.path.partition(f"/v2/{REPOSITORY}/")[2] or handler.path
+        path, _, ns = path.partition("?ns=")
         self.requests.append(
-            Request(handler.command, path, dict(handler.headers), handler.client_address)
+            Request(
+                handler.command,
+                path,
+                dict(handler.headers),
+                handler.client_address,
+                unquote(ns) if ns else None,
+            )
         )
         content_type, body = self._contents.get(path, ("text/plain", b""))
         if path.startswith("/token?"):

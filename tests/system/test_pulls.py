@@ -58,6 +58,18 @@ async def test_a_layer_that_another_image_brought_is_not_fetched_again(
     assert not any(shared in request for request in since)
 
 
+async def test_mirrors_are_configured_by_files_in_the_machine(
+    registry: LocalRegistry, machine: Machine, client: AgentClient, images: Images
+) -> None:
+    hosts = machine.path("/etc/innkeep/certs.d/mirrored.invalid/hosts.toml")
+    hosts.parent.mkdir(parents=True)
+    hosts.write_text(f'[host."http://{registry.address}"]\n')
+    reference = images.busybox.reference.replace(registry.address, "mirrored.invalid")
+    info = await pull(client, reference)
+    assert (info["reference"], info["digest"]) == (reference, images.busybox.config_digest)
+    assert (await run(client, reference, "echo", "here")).stdout == b"here\n"
+
+
 async def test_a_tag_that_moved_is_pulled_anew(client: AgentClient, images: Images) -> None:
     first = images.variant("moving", {"Cmd": ["echo", "first"]})
     assert (await pull(client, first.reference))["cmd"] == ["echo", "first"]

@@ -1,7 +1,6 @@
 """Pulls from real and from misbehaving registries, into a real content store."""
 
 import errno
-import hashlib
 import itertools
 import json
 import re
@@ -10,24 +9,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import attrs
 import pytest
 import trio
 
-from agent.errors import AgentError
-from agent.images.content_store import ContentStore, StoredImage
 from agent.images.layer_fetcher import LAYERS_AT_ONCE
-from agent.images.platform import parse_platform
 from agent.images.progress import PullProgress
-from agent.images.puller import Puller
-from agent.images.reference import parse_reference
 from agent.images.registries import RegistrySettings
 from initramfs.local_registry import LocalRegistry
-from protocol.errors import ErrorCode
 from protocol.values import RegistryAuth
-from tests.agent.images.recording_layers import RecordingLayers
+from tests.agent.images.pulling import Pulling, blob, noise
 from tests.support.commands import run
 from tests.support.images import OTHER_ARCHITECTURE, Images, PushedImage
 from tests.support.layout import LAYER, MANIFEST, LayerBlob, gzip_layer, plain_layer
@@ -48,63 +40,6 @@ from tests.support.misbehaving_registry import (
 )
 
 
-def noise(name: str, size: int = 300_000) -> LayerBlob:
-    """A layer of bytes that no compression makes smaller; not a tar, which nothing here needs."""
-    return plain_layer(hashlib.shake_128(name.encode()).digest(size))
-
-
-@attrs.define
-class Pulling:
-    """A store in a directory, and pulls into it."""
-
-    directory: Path
-    registries: RegistrySettings
-    layers: RecordingLayers = attrs.field(factory=RecordingLayers)
-    frames: list[tuple[float, PullProgress]] = attrs.field(factory=list)
-    store: ContentStore = attrs.field(init=False)
-    puller: Puller = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """What the next process finds: the disk's contents, and nothing of what was in memory."""
-        self.store = ContentStore(self.directory)
-        self.puller = Puller(self.store, self.layers, self.registries)
-
-    async def note(self, frame: PullProgress) -> None:
-        self.frames.append((trio.current_time(), frame))
-
-    async def pull(self, reference: str, platform: str | None = None, **how: Any) -> StoredImage:
-        how = {"auth": None, "on_progress": self.note} | how
-        return await self.puller.pull(
-            parse_reference(reference), parse_platform(platform) if platform else None, **how
-        )
-
-    async def refused(self, reference: str, platform: str | None = None, **how: Any) -> str:
-        """The message of a pull that fails."""
-        with pytest.raises(AgentError) as failed:
-            await self.pull(reference, platform, **how)
-        assert failed.value.code is ErrorCode.PULL_FAILED
-        message = failed.value.message
-        assert message.startswith(f"pull {parse_reference(reference)}: ")
-        assert "\n" not in message
-        return message.removeprefix(f"pull {parse_reference(reference)}: ")
-
-    async def layers_until(self, is_so: Callable[[], bool]) -> None:
-        await trio.to_thread.run_sync(self.layers.wait_until, is_so)
-
-    def files(self) -> set[str]:
-        """The store's blobs and beginnings of such, and whatever else there is in them."""
-        oci = self.directory / "oci"
-        return {
-            str(path.relative_to(oci))
-            for part in ("blobs", "ingest", "unpacked")
-            for path in (oci / part).rglob("*")
-            if path.is_file()
-        }
-
-
 @pytest.fixture
 def server() -> Iterator[MisbehavingRegistry]:
     with misbehaving_registry() as registry:
@@ -115,10 +50,6 @@ def server() -> Iterator[MisbehavingRegistry]:
 def pulling(tmp_path: Path, registry: LocalRegistry, server: MisbehavingRegistry) -> Pulling:
     insecure = frozenset({registry.address, server.address})
     return Pulling(tmp_path / "storage", RegistrySettings(insecure=insecure))
-
-
-def blob(layer: LayerBlob) -> str:
-    return f"blobs/{layer.digest}"
 
 
 async def event(happened: threading.Event) -> None:

@@ -9,9 +9,9 @@ import pytest
 import trustme
 
 from agent.images.manifest import Descriptor
+from agent.images.mirrored_registry import MirroredRegistry
 from agent.images.reference import Reference, parse_reference
 from agent.images.registries import RegistryError, RegistrySettings
-from agent.images.registry import RegistryClient
 from initramfs.local_registry import LocalRegistry, local_registry
 from protocol.values import RegistryAuth
 from tests.support.layout import MANIFEST, Layout, digest_of, gzip_layer
@@ -45,14 +45,14 @@ def client_of(
     auth: RegistryAuth | None = None,
     proxy: str | None = None,
     no_proxy: str | None = None,
-) -> RegistryClient:
+) -> MirroredRegistry:
     settings = RegistrySettings(insecure=frozenset({server.address}))
     reference = parse_reference(server.reference())
-    return RegistryClient(reference, settings, auth, proxy=proxy, no_proxy=no_proxy)
+    return MirroredRegistry(reference, settings, auth, proxy=proxy, no_proxy=no_proxy)
 
 
-def read(client: RegistryClient, digest: str, offset: int = 0) -> bytes:
-    with client.open_blob(digest, offset) as body:
+def read(client: MirroredRegistry, digest: str, offset: int = 0) -> bytes:
+    with client.open_blob(digest, 10_000_000, offset) as body:
         assert body.offset == offset
         return b"".join(body.blocks())
 
@@ -93,7 +93,7 @@ def test_a_registry_with_a_private_ca_is_trusted_where_the_configuration_names_i
 ) -> None:
     reference = pushed(https, tmp_path)
     settings = RegistrySettings(ca_files={reference.registry: certificates["ca"]})
-    with RegistryClient(reference, settings, None) as client:
+    with MirroredRegistry(reference, settings, None) as client:
         data, _ = client.get_manifest("latest")
         assert client.head_manifest("latest") == digest_of(data)
 
@@ -104,7 +104,7 @@ def test_a_registry_with_a_private_ca_is_not_trusted_otherwise(
     reference = pushed(https, tmp_path)
     others = RegistrySettings(ca_files={"registry.example": certificates["ca"]})
     with (
-        RegistryClient(reference, others, None) as client,
+        MirroredRegistry(reference, others, None) as client,
         pytest.raises(RegistryError, match=f"--registry-ca {reference.registry}=FILE") as failed,
     ):
         client.get_manifest("latest")
@@ -117,7 +117,7 @@ def test_a_ca_file_that_is_not_there_is_named(https: LocalRegistry, tmp_path: Pa
     missing = tmp_path / "missing.pem"
     settings = RegistrySettings(ca_files={reference.registry: missing})
     with (
-        RegistryClient(reference, settings, None) as client,
+        MirroredRegistry(reference, settings, None) as client,
         pytest.raises(RegistryError, match=f"CA file {missing} .*No such file"),
     ):
         client.get_manifest("latest")
@@ -128,7 +128,7 @@ def test_plain_http_is_spoken_only_to_registries_that_the_configuration_names(
 ) -> None:
     reference = parse_reference(server.reference())
     with (
-        RegistryClient(reference, RegistrySettings(), None) as client,
+        MirroredRegistry(reference, RegistrySettings(), None) as client,
         pytest.raises(RegistryError, match=f"add --insecure-registry {server.address}") as failed,
     ):
         client.get_manifest("latest")
@@ -145,7 +145,7 @@ def test_https_is_never_left_for_plain_http_by_a_redirect(
         secure.misbehave("manifests/latest", redirect(f"http://{server.address}/v2/x"))
         settings = RegistrySettings(ca_files={secure.address: certificates["ca"]})
         with (
-            RegistryClient(parse_reference(secure.reference()), settings, None) as client,
+            MirroredRegistry(parse_reference(secure.reference()), settings, None) as client,
             pytest.raises(RegistryError, match="which is not HTTPS"),
         ):
             client.get_manifest("latest")
@@ -154,7 +154,7 @@ def test_https_is_never_left_for_plain_http_by_a_redirect(
 
 def test_docker_io_is_asked_at_its_real_host(server: MisbehavingRegistry) -> None:
     with (
-        RegistryClient(
+        MirroredRegistry(
             parse_reference("alpine"), RegistrySettings(), None, proxy=f"http://{server.address}"
         ) as client,
         pytest.raises(RegistryError),
@@ -355,7 +355,7 @@ def test_a_registry_that_is_not_there_is_told_from_one_that_refuses() -> None:
 def test_a_host_without_an_address_is_told() -> None:
     reference = parse_reference("registry.invalid/x")
     with (
-        RegistryClient(reference, RegistrySettings(), None) as client,
+        MirroredRegistry(reference, RegistrySettings(), None) as client,
         pytest.raises(RegistryError, match=r"cannot resolve registry\.invalid: ") as failed,
     ):
         client.get_manifest("latest")
@@ -432,7 +432,7 @@ def test_a_blob_is_read_from_anywhere(server: MisbehavingRegistry) -> None:
     with client_of(server) as client:
         assert read(client, digest) == data
         assert read(client, digest, 1_000_000) == data[1_000_000:]
-        with client.open_blob(digest, len(data)) as body:
+        with client.open_blob(digest, len(data), len(data)) as body:
             assert body.offset == 0
 
 
@@ -454,7 +454,7 @@ def test_what_waits_for_a_silent_registry_ends_at_once_when_aborted(
     failures: list[RegistryError] = []
     received: list[bytes] = []
 
-    def wait(client: RegistryClient) -> None:
+    def wait(client: MirroredRegistry) -> None:
         try:
             received.append(read(client, digest))
         except RegistryError as error:
