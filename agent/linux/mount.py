@@ -31,6 +31,7 @@ MNT_DETACH = 0x2
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
 
 # linux/mount.h: flags of open_tree(2) and move_mount(2)
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
@@ -126,11 +127,18 @@ def move_mount(mount_fd: int, target: StrPath) -> None:
     _syscall(_SYS_MOVE_MOUNT, *arguments, about=os.fspath(target))
 
 
-def open_tree(path: StrPath) -> int:
-    """open_tree(2) with OPEN_TREE_CLONE: a copy of the mounts at and below ``path``, attached
-    nowhere; gone when its fd is closed."""
-    flags = ctypes.c_uint(_OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | AT_RECURSIVE)
-    return _syscall(_SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags, about=os.fspath(path))
+def open_tree(source: StrPath | int, *, recursive: bool = True) -> int:
+    """open_tree(2) with OPEN_TREE_CLONE: a copy of the mounts at and below a path or an open
+    directory, attached nowhere; gone when its fd is closed and nobody's root or directory is in it.
+
+    Not ``recursive``: without the mounts below. The source must be in the caller's mount namespace.
+    """
+    flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | (AT_RECURSIVE if recursive else 0)
+    if isinstance(source, int):
+        return _syscall(_SYS_OPEN_TREE, source, b"", ctypes.c_uint(flags | AT_EMPTY_PATH))
+    return _syscall(
+        _SYS_OPEN_TREE, AT_FDCWD, os.fsencode(source), ctypes.c_uint(flags), about=os.fspath(source)
+    )
 
 
 def mount_setattr(mount_fd: int, *, set_attributes: int = 0, propagation: int = 0) -> None:

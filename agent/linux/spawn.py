@@ -50,16 +50,31 @@ def posix_spawn(
         ValueError: a NUL byte in a string.
     """
     if cgroup is None:
-        with _attributes() as attributes, _file_actions(cwd, stdio) as actions:
-            return _spawn(path, argv, env, actions, attributes)
+        return spawn_from_here(path, argv, env, cwd=cwd, stdio=stdio)
     if not HAS_SETCGROUP:
         return _spawn_through_python(path, argv, env, cwd, stdio, cgroup)
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with _attributes(directory) as attributes, _file_actions(cwd, stdio) as actions:
-            return _spawn(path, argv, env, actions, attributes)
+        return spawn_from_here(path, argv, env, cwd=cwd, stdio=stdio, cgroup=directory)
     finally:
         os.close(directory)
+
+
+def spawn_from_here(
+    path: str,
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    cwd: str,
+    stdio: tuple[int | None, int, int] | str,
+    cgroup: int | None = None,
+) -> int:
+    """As ``posix_spawn``, with all that is the calling thread's own: root, namespaces, identity.
+
+    ``cgroup`` is a descriptor of the directory, for which glibc must have HAS_SETCGROUP.
+    """
+    with _attributes(cgroup) as attributes, _file_actions(cwd, stdio) as actions:
+        return _spawn(path, argv, env, actions, attributes)
 
 
 def _spawn_through_python(

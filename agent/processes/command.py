@@ -18,12 +18,31 @@ BASE_ENVIRONMENT: Mapping[str, str] = {"PATH": DEFAULT_PATH, "TERM": "xterm-256c
 
 
 @attrs.frozen(kw_only=True)
+class Confinement:
+    """A directory that a program has as its root, and as whom it works there."""
+
+    root: int
+    """A descriptor of the directory, O_PATH is enough; open until the program has started."""
+    namespace: int | None = None
+    """One of the mount namespace that the directory is in, where that is not the agent's own."""
+    read_only: bool = False
+    with_mounts: bool = True
+    """Whether what is mounted below the directory is there as well."""
+    uid: int = 0
+    gid: int = 0
+    capabilities: tuple[int, ...] = ()
+    """All that it has, as root or as anybody else."""
+
+
+@attrs.frozen(kw_only=True)
 class Command:
     """A command in the VM. ``environment`` is all of it, and may hold secrets."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = attrs.field(repr=False)
     directory: str = "/"
+    confinement: Confinement | None = None
+    """For programs of ours that deal with others' files."""
 
     @classmethod
     def from_request(

@@ -146,6 +146,22 @@ def unrunnable(
     return None
 
 
+def loader_of(program: str) -> str:
+    """The dynamic loader that a program names, as a path without symbolic links.
+
+    Raises:
+        OSError: ENOEXEC for one that names none; what opening it said.
+    """
+
+    def opener(file: str) -> int:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+
+    loader = _interpreter(program, opener)
+    if loader is None:
+        raise OSError(errno.ENOEXEC, "it is not dynamically linked", program)
+    return os.path.realpath(loader)
+
+
 def _blamed_interpreter(path: str, opener: Opener) -> str | None:
     for _ in range(_INTERPRETERS):
         interpreter = _interpreter(path, opener)

@@ -15,10 +15,11 @@ import attrs
 import trio
 
 from agent.errors import AgentError, failing_as
+from agent.linux.confined_spawn import spawn_confined
 from agent.linux.spawn import posix_spawn
 from agent.processes.cgroup import Cgroup
 from agent.processes.command import Command
-from agent.processes.executable import explain_refusal, find_executable
+from agent.processes.executable import explain_refusal, find_executable, loader_of
 from agent.processes.oom_protection import OomProtection
 from agent.processes.outcome import TIMED_OUT, Outcome
 from agent.processes.pipes import InputPipe, OutputPipe, input_pipe, output_pipe
@@ -262,6 +263,22 @@ def _spawn(
     streams: tuple[int | None, int, int] | str,
     cgroup: Cgroup | None,
 ) -> int:
+    confinement = command.confinement
+    if confinement is not None:
+        assert isinstance(streams, tuple)
+        stdin, stdout, stderr = streams
+        assert stdin is not None, "there is no /dev/null in there"
+        program = os.path.realpath(path)
+        return spawn_confined(
+            program,
+            loader_of(program),
+            command.argv,
+            command.environment,
+            stdio=(stdin, stdout, stderr),
+            cgroup=cgroup.path if cgroup is not None else None,
+            **attrs.asdict(confinement),
+        )
+
     def open_as_seen_by_it(file: str) -> int:
         seen = Path(command.directory, file)
         return os.open(seen, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
