@@ -54,6 +54,10 @@ class AgentConfig:
     hosts_dir: Path | None = None
     """Mirrors of registries, as containerd has them."""
     vsock_peers: frozenset[int] = frozenset()
+    host_sockets: Path | None = None
+    """Where the host's ports are unix sockets, PREFIX_PORT; else they are vsock's."""
+    ssh_agent: bool = False
+    """Whether the host's SSH agent is forwarded."""
     uplink: Uplink | None = None
     workload_memory: int | Literal["max"] | None = None
     """Bytes for all workloads together; this and the next two: by the VM's size where None."""
@@ -85,9 +89,11 @@ class AgentConfig:
             "crun": environ.get("INNKEEP_CRUN", "crun"),
             "catatonit": environ.get("INNKEEP_CATATONIT", "/usr/bin/catatonit"),
             "log_level": _one_of(LOG_LEVELS, "INNKEEP_LOG", environ.get("INNKEEP_LOG", "INFO")),
+            # As the smolvm launcher has it, whose guests are configured by environment alone.
+            "ssh_agent": _switch("SMOLVM_SSH_AGENT", environ.get("SMOLVM_SSH_AGENT") or "0"),
         }
         if argv:
-            return cls(in_image=False, **_from_arguments(argv), **tools)
+            return cls(in_image=False, **{**tools, **_from_arguments(argv)})
         words = kernel_words(environ.get("INNKEEP_CMDLINE", cmdline))
         return cls(in_image=True, **{**tools, **_from_words(words)})
 
@@ -162,8 +168,21 @@ def _from_arguments(argv: Sequence[str]) -> dict[str, Any]:
         type=Path,
         help="mirrors of registries, in containerd's format: DIR/HOST[:PORT]/hosts.toml",
     )
+    parser.add_argument(
+        "--host-sockets",
+        metavar="PREFIX",
+        type=Path,
+        help="the host's ports are unix sockets: port N is PREFIX_N (else they are vsock's)",
+    )
+    parser.add_argument(
+        "--ssh-agent",
+        action="store_true",
+        help="forward the host's SSH agent, at its port 6001, to /tmp/ssh-agent.sock",
+    )
     parsed = parser.parse_args(argv)
     return {
+        "host_sockets": parsed.host_sockets and parsed.host_sockets.absolute(),
+        **({"ssh_agent": True} if parsed.ssh_agent else {}),
         "listen": parsed.listen,
         "storage_dir": parsed.storage.absolute(),
         "run_dir": parsed.run_dir.absolute(),
@@ -227,6 +246,12 @@ def _processes(name: str, text: str) -> int | Literal["max"]:
     return int(text)
 
 
+def _switch(name: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ConfigError(f"{name}={text}: expected 0 or 1")
+    return text == "1"
+
+
 def _is_positive(text: str) -> bool:
     return text.isascii() and text.isdecimal() and int(text) > 0
 
@@ -248,6 +273,8 @@ _WORDS: Mapping[str, tuple[str, Callable[[str, str], object]]] = {
     "registry_ca": ("registry_ca_files", _ca_files),
     "hosts_dir": ("hosts_dir", _absolute_path),
     "vsock_peers": ("vsock_peers", _cids),
+    "host_sockets": ("host_sockets", _absolute_path),
+    "ssh_agent": ("ssh_agent", _switch),
     "workload_memory": ("workload_memory", _memory),
     "workload_pids": ("workload_pids", _processes),
     "command_pids": ("command_pids", _processes),

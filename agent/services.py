@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -21,7 +22,9 @@ from agent.images.overlay import Overlays
 from agent.images.puller import Puller
 from agent.images.registries import RegistrySettings
 from agent.images.registry_hosts import problems
-from agent.network import links
+from agent.network import links, ssh_agent
+from agent.network.host import Host
+from agent.processes.command import Bind
 from agent.processes.container import ContainerRuntime
 from agent.processes.limits import Limits
 from agent.processes.oom_protection import OomProtection
@@ -62,6 +65,10 @@ class Services:
     processes: Processes
     containers: ContainerRuntime
     standing: StandingContainers
+    environment: Mapping[str, str]
+    """What commands in the VM and in containers have, unless they are given another."""
+    sockets: Sequence[Bind]
+    """What every container has besides its mounts."""
     shares: Shares = attrs.field(factory=Shares)
     images: Gate[Images] = attrs.field(factory=Gate)
     network: Gate[None] = attrs.field(factory=Gate)
@@ -187,9 +194,14 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
             open_processes(cgroup_root, logs, limits=limits, protection=protection) as processes,
             trio.open_nursery() as nursery,
         ):
+            host = Host(config.host_sockets, reachable=config.listen.startswith("vsock:"))
+            ssh_socket = _forward_ssh_agent(host, held, nursery) if config.ssh_agent else None
+            sockets = [] if ssh_socket is None else [Bind(ssh_socket, ssh_socket, gives_way=True)]
             with failing_as(ErrorCode.INTERNAL_ERROR, f"take over {config.run_dir}"):
                 containers = ContainerRuntime.open(processes, config.run_dir, crun=config.crun)
                 standing = StandingContainers.open(containers, init=config.catatonit)
+            for socket in sockets:
+                await standing.renew(socket)
             services = Services(
                 config=config,
                 disk=Disk(
@@ -201,11 +213,32 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
                 processes=processes,
                 containers=containers,
                 standing=standing,
+                environment={} if ssh_socket is None else {ssh_agent.VARIABLE: ssh_socket},
+                sockets=sockets,
             )
             nursery.start_soon(_bring_up_at_boot, services)
             nursery.start_soon(services.bring_up_network)
             yield services
             nursery.cancel_scope.cancel()
+
+
+def _forward_ssh_agent(host: Host, held: ExitStack, nursery: trio.Nursery) -> str | None:
+    """Serve the socket of the host's SSH agent; its path, or None and a line in the log."""
+    try:
+        listener = held.enter_context(ssh_agent.listening())
+    except OSError as error:
+        log.error("ssh agent: %s", cause_of(error))
+        return None
+    nursery.start_soon(_kept_from_harm, "ssh agent", partial(ssh_agent.serve, listener, host))
+    return str(ssh_agent.SOCKET)
+
+
+async def _kept_from_harm(what: str, serve: Callable[[], Awaitable[None]]) -> None:
+    """A defect of one part is logged, and takes nothing else down."""
+    try:
+        await serve()
+    except Exception:
+        log.exception("%s: internal error", what)
 
 
 async def _bring_up_at_boot(services: Services) -> None:

@@ -143,7 +143,11 @@ async def _in_namespaces(options: argparse.Namespace, scratch: Path) -> AsyncIte
             "dir",
             listen=f"unix:{namespaces.SOCKETS / socket.name}",
             insecure_registries=options.insecure_registry,
-            more=options.append,
+            # As a VM's vsock ports are seen here.
+            more=[
+                f"innkeep.host_sockets={namespaces.SOCKETS / socket.name}",
+                *options.append,
+            ],
         ),
     )
     rooms.scratch.mkdir()

@@ -61,6 +61,7 @@ async def _run(
         user=request.user,
         binds=await _binds(request, services),
         privileged=not request.unprivileged,
+        defaults=services.environment,
     )
     command = _prepared(command, request.remote_volume_mount)
     # A container has the VM's network and name servers: they should be there by then.
@@ -177,14 +178,15 @@ def _workload(request: requests.Run, mode: Mode) -> str | None:
 
 
 async def _binds(request: requests.Run, services: Services) -> list[Bind]:
-    """What the request wants mounted, and the workspace unless that is elsewhere then."""
+    """What the request wants mounted, and what every container has unless that is in its place."""
     binds: list[Bind] = []
     if request.mounts:
         binds = await trio.to_thread.run_sync(services.shares.binds, request.mounts)
-    if all(bind.destination != WORKSPACE for bind in binds):
-        workspace = Bind(str(services.disk.workspace), WORKSPACE, gives_way=True)
+    workspace = Bind(str(services.disk.workspace), WORKSPACE, gives_way=True)
+    if not workspace.is_displaced_by(binds):
         binds.insert(0, workspace)
-    return binds
+    # After what they may be within.
+    return [*binds, *(bind for bind in services.sockets if not bind.is_displaced_by(binds))]
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from protocol import AgentResponse, requests
 
 
 async def vm_exec(request: requests.VmExec, channel: Channel, services: Services) -> AgentResponse:
-    command = Command.from_request(request.command, request.env, request.workdir)
+    command = Command.from_request(
+        request.command, request.env, request.workdir, defaults=services.environment
+    )
     timeout_s = seconds(request.timeout_ms)
     processes = services.processes
     mode = Mode.of(request)

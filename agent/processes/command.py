@@ -50,10 +50,13 @@ class Command:
         argv: Sequence[str],
         env: Iterable[tuple[str, str]] = (),
         workdir: str | None = None,
+        *,
+        defaults: Mapping[str, str] | None = None,
     ) -> Command:
         """The command that a host asks for: root's environment, and ``env`` over it.
 
-        A relative ``workdir`` is taken from ``/``.
+        ``defaults`` are variables that it need not give. A relative ``workdir`` is taken from
+        ``/``.
 
         Raises:
             AgentError: INVALID_REQUEST, for no command and for what no program can be given.
@@ -61,14 +64,16 @@ class Command:
         check_words(argv)
         return cls(
             argv=tuple(argv),
-            environment=merged_environment({**BASE_ENVIRONMENT, "HOME": "/root"}, env),
+            environment=merged_environment(
+                {**BASE_ENVIRONMENT, "HOME": "/root", **(defaults or {})}, env
+            ),
             directory=checked_directory(workdir or "/"),
         )
 
 
 @attrs.frozen
 class Bind:
-    """A directory or file of the VM that a container has at ``destination``."""
+    """A directory, file or socket of the VM that a container has at ``destination``."""
 
     source: str
     destination: str
@@ -80,6 +85,15 @@ class Bind:
     def mounting(self) -> str:
         """What fails where it cannot be mounted, in words."""
         return f"mount {self.source} at {self.destination} in the container"
+
+    def is_displaced_by(self, others: Iterable[Bind]) -> bool:
+        """Whether it gives way to one of ``others``: one that is at its destination, or a read-only
+        one above, in which nobody can make a place for it."""
+        return self.gives_way and any(
+            other.destination == self.destination
+            or (other.read_only and self.destination.startswith(f"{other.destination}/"))
+            for other in others
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -110,11 +124,12 @@ class ContainerCommand:
         user: str | None = None,
         binds: Iterable[Bind] = (),
         privileged: bool = False,
+        defaults: Mapping[str, str] | None = None,
     ) -> ContainerCommand:
         """The command that a host asks for, where it leaves something open the image's.
 
         ``image_name`` is the image as the host spells it. An ``argv`` replaces the image's
-        entrypoint together with its cmd.
+        entrypoint together with its cmd. ``defaults`` are variables that neither of them need give.
 
         Raises:
             AgentError: INVALID_REQUEST, for no command at all and for what no program can be
@@ -128,12 +143,12 @@ class ContainerCommand:
             )
         check_words(words)
         # An entry without a name or a value is some builder's slip.
-        defaults = dict(
+        of_image = dict(
             entry.split("=", 1) for entry in image.env if "=" in entry.removeprefix("=")
         )
         return cls(
             argv=words,
-            environment=merged_environment(defaults, env),
+            environment=merged_environment({**(defaults or {}), **of_image}, env),
             directory=checked_directory(workdir or image.workdir or "/"),
             user=user or image.user or "",
             binds=tuple(binds),

@@ -16,6 +16,7 @@ import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -219,6 +220,26 @@ class StandingContainers:
             container = await self._start(workload, command, where, is_ours=False)
         return container.id
 
+    async def renew(self, bind: Bind) -> None:
+        """Mount ``bind`` again where an earlier agent has: its source is another one by now.
+
+        To be called before any command joins. What fails is logged.
+        """
+
+        async def mount(container: StandingContainer) -> None:
+            try:
+                await self._runtime.in_thread(
+                    partial(bind_into, container.pid, bind, replaces=True)
+                )
+            except AgentError as error:
+                if not container.has_ended:
+                    log.error("%s", error.message)
+
+        async with trio.open_nursery() as nursery:
+            for container in chain.from_iterable(self._by_workload.values()):
+                if container.binds.get(bind.destination) == bind:
+                    nursery.start_soon(mount, container)
+
     @asynccontextmanager
     async def released(self, workload: str) -> AsyncIterator[None]:
         """Keep everybody else from a workload, with its idle containers ended, for the block."""
@@ -305,7 +326,7 @@ class StandingContainers:
             there = container.binds.get(bind.destination)
             if there == bind:
                 continue
-            if there is not None and bind.gives_way:
+            if bind.is_displaced_by(container.binds.values()):
                 continue
             if there is not None and not there.gives_way:
                 raise AgentError(

@@ -97,6 +97,11 @@ def test_mirrors_are_found_where_containerd_has_them_below_our_own_name_or_elsew
         ("innkeep.workload_pids=many", "innkeep.workload_pids=many: expected a number of proces"),
         ("innkeep.workload_pids=0", "expected a number of processes above 0, or 'max'"),
         ("innkeep.command_pids=1k", "innkeep.command_pids=1k: expected a number of processes"),
+        ("innkeep.ssh_agent=yes", "innkeep.ssh_agent=yes: expected 0 or 1"),
+        (
+            "innkeep.host_sockets=v.sock",
+            "innkeep.host_sockets=v.sock: expected a path that begins with /",
+        ),
         ("innkeep.command_pids=\u00b2", "expected a number of processes"),
     ],
 )
@@ -126,6 +131,30 @@ def test_processes_are_counted_for_all_workloads_and_for_each_command() -> None:
     config = AgentConfig.from_boot("innkeep.workload_pids=max innkeep.command_pids=64", {}, [])
     assert config.workload_pids == "max"
     assert config.command_pids == 64
+
+
+def test_the_hosts_ssh_agent_is_forwarded_when_a_word_an_argument_or_the_launcher_says_so() -> None:
+    launcher = {"SMOLVM_SSH_AGENT": "1"}
+    assert not AgentConfig.from_boot("", {}, []).ssh_agent
+    assert AgentConfig.from_boot("innkeep.ssh_agent=1", {}, []).ssh_agent
+    assert AgentConfig.from_boot("", launcher, []).ssh_agent
+    assert not AgentConfig.from_boot("innkeep.ssh_agent=0", launcher, []).ssh_agent
+    assert not AgentConfig.from_boot("", {"SMOLVM_SSH_AGENT": ""}, []).ssh_agent
+    assert AgentConfig.from_boot("", {}, [*ARGUMENTS, "--ssh-agent"]).ssh_agent
+    assert AgentConfig.from_boot("", launcher, ARGUMENTS).ssh_agent
+    with pytest.raises(ConfigError, match="SMOLVM_SSH_AGENT=yes: expected 0 or 1"):
+        AgentConfig.from_boot("", {"SMOLVM_SSH_AGENT": "yes"}, [])
+
+
+def test_the_hosts_ports_are_vsocks_unless_a_path_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert AgentConfig.from_boot("", {}, []).host_sockets is None
+    words = "innkeep.host_sockets=/run/host/agent.sock"
+    assert AgentConfig.from_boot(words, {}, []).host_sockets == Path("/run/host/agent.sock")
+    monkeypatch.chdir(tmp_path)
+    config = AgentConfig.from_boot("", {}, [*ARGUMENTS, "--host-sockets=v.sock"])
+    assert config.host_sockets == tmp_path / "v.sock"
 
 
 def test_a_missing_argument_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> None:

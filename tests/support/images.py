@@ -164,6 +164,18 @@ class Images:
         """As `large`, with other layers."""
         return self._large("large-too")
 
+    @cached_property
+    def ssh_client(self) -> PushedImage:
+        """busybox with OpenSSH's ssh-add."""
+        layer = gzip_layer(trees.archive(trees.programs("ssh-add")))
+        return self._push("ssh-client", [self._base, layer], {"Env": ["PATH=/usr/bin:/bin"]})
+
+    @cached_property
+    def bare(self) -> PushedImage:
+        """busybox and nothing else: no /tmp, no /etc, no user."""
+        layer = gzip_layer(trees.archive(trees.busybox_alone))
+        return self._push("bare", [layer], {"Entrypoint": ["/usr/bin/busybox"]})
+
     def variant(self, tag: str, config: Config, *layers: LayerBlob) -> PushedImage:
         """busybox, `layers` above it, and a configuration; pushed under a name of its own."""
         return self._push(tag, [self._base, *layers], config)

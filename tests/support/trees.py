@@ -66,6 +66,30 @@ def busybox(root: Path) -> None:
     os.chown(root / "home/guest", 1000, 1000)
 
 
+def busybox_alone(root: Path) -> None:
+    """Static busybox, without any link or directory besides."""
+    _copy(Path(find_program("busybox")), root / "usr/bin/busybox")
+
+
+def programs(*names: str) -> Builder:
+    """Programs of this machine below /usr/bin, with the libraries that they are linked to."""
+
+    def build(root: Path) -> None:
+        for name in names:
+            program = Path(find_program(name))
+            _copy(program, root / "usr/bin" / name)
+            for word in run("ldd", program).decode().split():
+                if word.startswith("/"):
+                    _copy(Path(word), root / word.lstrip("/"))
+
+    return build
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
+
+
 def numbered(number: int) -> Builder:
     """Layer `number` of many: a file of its own, and one that each layer replaces."""
 

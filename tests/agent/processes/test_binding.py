@@ -1,6 +1,7 @@
-"""Directories bound into a container that runs: made by crun, with a process that only waits."""
+"""What is bound into a container that runs: made by crun, with a process that only waits."""
 
 import os
+import socket
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -51,8 +52,13 @@ def inside(pid: int, path: str) -> Path:
 
 def mounts_of(pid: int) -> dict[str, str]:
     """The mounts of a process, by where they are, with their options."""
+    return dict(mount_points_of(pid))
+
+
+def mount_points_of(pid: int) -> list[tuple[str, str]]:
+    """As they are mounted, one above the other."""
     lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
-    return {line.split()[4]: line.split()[5] for line in lines}
+    return [(line.split()[4], line.split()[5]) for line in lines]
 
 
 def refusal(pid: int, bind: Bind) -> str:
@@ -103,6 +109,33 @@ async def test_what_is_no_directory_is_no_place_for_it(container: int, shared: P
     for destination in ("/etc/passwd", "/etc/passwd/below", "/bin/sh"):
         assert "Not a directory" in refusal(container, Bind(str(shared), destination))
     assert not any(name.startswith("/etc/passwd") for name in mounts_of(container))
+
+
+async def test_a_file_or_a_socket_is_bound_as_a_directory_is(
+    container: int, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("a file\n")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        bind_into(container, Bind(str(tmp_path / "file"), "/made/for/file"))
+        bind_into(container, Bind(str(tmp_path / "socket"), "/made/for/socket"))
+        assert inside(container, "/made/for/file").read_text() == "a file\n"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(inside(container, "/made/for/socket")))
+
+
+async def test_what_is_made_anew_takes_the_place_of_what_it_was(
+    container: int, tmp_path: Path
+) -> None:
+    source = tmp_path / "file"
+    bind = Bind(str(source), "/there")
+    for text in ("first", "second", "third"):
+        source.unlink(missing_ok=True)
+        source.write_text(text)
+        bind_into(container, bind, replaces=True)
+        assert inside(container, "/there").read_text() == text
+        assert [path for path, _ in mount_points_of(container)].count("/there") == 1
 
 
 async def test_a_source_or_a_container_that_is_gone_is_an_error(

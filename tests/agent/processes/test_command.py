@@ -4,7 +4,7 @@ import attrs
 import pytest
 
 from agent.errors import AgentError
-from agent.processes.command import Command, ContainerCommand
+from agent.processes.command import Bind, Command, ContainerCommand
 from agent.processes.network_files import hosts_file
 from protocol.errors import ErrorCode
 from tests.support.image_info import image_info
@@ -57,6 +57,27 @@ def test_an_images_variables_are_overridden_one_by_one() -> None:
     image = attrs.evolve(IMAGE, env=("A=1", "B=x=y", "EMPTY=", "ODD", "=bad", "A=2"))
     command = ContainerCommand.from_request("demo", image, ("a",), (("B", "mine"), ("C", "3")))
     assert command.environment == {"A": "2", "B": "mine", "EMPTY": "", "C": "3"}
+
+
+def test_variables_of_the_vm_give_way_to_the_images_and_the_requests() -> None:
+    of_vm = {"AGENT": "/of/vm", "OTHER": "1"}
+    command = Command.from_request(("a",), (("OTHER", "2"),), defaults=of_vm)
+    assert {**of_vm, "OTHER": "2"}.items() <= command.environment.items()
+    image = attrs.evolve(IMAGE, env=("AGENT=/of/image",))
+    in_container = ContainerCommand.from_request("demo", image, ("a",), defaults=of_vm)
+    assert in_container.environment == {"AGENT": "/of/image", "OTHER": "1"}
+    env = (("AGENT", "/mine"),)
+    in_container = ContainerCommand.from_request("demo", image, ("a",), env, defaults=of_vm)
+    assert in_container.environment == {"AGENT": "/mine", "OTHER": "1"}
+
+
+def test_what_gives_way_does_so_where_it_has_no_place() -> None:
+    socket = Bind("/tmp/s", "/tmp/s", gives_way=True)
+    assert not socket.is_displaced_by([])
+    assert not socket.is_displaced_by([Bind("/a", "/tmp"), Bind("/a", "/tm", read_only=True)])
+    assert socket.is_displaced_by([Bind("/a", "/tmp/s")])
+    assert socket.is_displaced_by([Bind("/a", "/tmp", read_only=True)])
+    assert not Bind("/tmp/s", "/tmp/s").is_displaced_by([Bind("/a", "/tmp/s")])
 
 
 def test_a_workdir_is_absolute() -> None:
