@@ -22,7 +22,7 @@ from agent.images.atomic_file import sync_directory
 from agent.images.decompression import Decompression, DecompressionError
 from agent.images.erofs import Marks, append_marks, detached_mount, read_marks
 from agent.images.manifest import DIGEST
-from agent.images.mkfs_erofs import MkfsErofs, MkfsError
+from agent.images.mkfs_erofs import MkfsErofs, MkfsError, end_orphan
 from agent.images.tar_header import TarError
 from agent.images.tar_rewriter import TarRewriter
 from agent.linux.mount import closing, is_mount_root, move_mount, umount2
@@ -41,8 +41,8 @@ class LayerError(Exception):
 class LayerStore:
     """The layers in ``storage_dir``/erofs and their mounts in ``storage_dir``/layers.
 
-    Construction makes the directories and removes what builds left that a crash interrupted, so
-    there is one store at a time. ``mkfs_erofs`` is the program (path or name), erofs-utils 1.8.6
+    Construction makes the directories and ends and removes what a crash left of builds, so there
+    is one store at a time. ``mkfs_erofs`` is the program (path or name), erofs-utils 1.8.6
     or newer. Every method blocks on the disk, may be called by any thread, and raises OSError.
     """
 
@@ -55,6 +55,7 @@ class LayerStore:
         for directory in (self._images, self._mounts):
             directory.mkdir(parents=True, exist_ok=True)
         for leftover in self._images.glob("*.partial"):
+            end_orphan(leftover)
             leftover.unlink()
 
     def has(self, diff_id: str) -> bool:

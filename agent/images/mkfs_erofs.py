@@ -158,6 +158,21 @@ class MkfsErofs:
         return error
 
 
+def end_orphan(image: Path) -> None:
+    """Kill the mkfs.erofs that writes ``image``, which nobody feeds any more, if there is one.
+
+    Its agent was killed: with the rest of the tar missing it turns in a loop for ever, and keeps
+    what it has written, whoever unlinks it. Raises OSError.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if os.fsencode(image) in words:
+                os.kill(int(process.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended by itself
+
+
 def _os_error(said: str) -> OSError | None:
     """What the operating system refused, as far as it can be told from the messages."""
     for number in (errno.ENOSPC, errno.EDQUOT):  # also where it sums up with EIO

@@ -1,0 +1,191 @@
+"""Pulls that are cut off at any moment: what was verified stays, and the next one ends well."""
+
+import hashlib
+import os
+import random
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from attrs import frozen
+
+from initramfs.local_registry import LocalRegistry
+from protocol import requests, responses
+from protocol.client import AgentClient, ConnectionFailed, open_client
+from tests.support.chance import chance
+from tests.support.counting_proxy import CountingProxy, counting_proxy
+from tests.support.crash import successor
+from tests.support.directory_events import on_each_event
+from tests.support.execution import execute, pull, run
+from tests.support.images import Images, PushedImage
+from tests.support.layout import gzip_layer, plain_layer, zstd_layer
+from tests.support.machine import Machine, booted
+from tests.support.rounds import rounds
+from tests.support.store import (
+    lacking_bytes,
+    read_by_skopeo,
+    unfinished,
+    wrong_blobs,
+)
+
+# init gives an agent up that dies more often within a minute.
+DEATHS_OF_ONE_MACHINE = 5
+# What a pull of `fresh_image` does in the directories of the store, as `on_each_event` counts it.
+MOST_EVENTS = 70
+# Received by the machine's sockets, but not yet by the agent.
+IN_FLIGHT_BYTES = 8 << 20
+
+
+@frozen
+class Target:
+    """An image to be pulled, and what each of its layers has to come to."""
+
+    image: PushedImage
+    reference: str
+    sizes: dict[str, int]
+    contents: dict[str, str]
+    """By layer: the name of its only file, which is the seed of its content, too."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+def make_target(
+    images: Images, proxy: CountingProxy, tag: str, names: list[str], chances: random.Random
+) -> Target:
+    """An image of one noisy layer a name, of 0.1 to 5 MiB each, packed this way and that."""
+    packs = [gzip_layer, plain_layer, zstd_layer]
+    layers = {
+        name: images.noise_layer(
+            name,
+            random.Random(name).randrange(100 << 10, 5 << 20),
+            packs[len(name) % 3 if name.startswith("shared") else chances.randrange(3)],
+        )
+        for name in names
+    }
+    image = images.variant(tag, {"Cmd": ["/bin/true"], "Env": ["PATH=/bin"]}, *layers.values())
+    sizes = {layer.digest: len(layer.blob) for layer in layers.values()}
+    base = image.layers[0]
+    sizes[base] = (image.layout / "blobs/sha256" / base.removeprefix("sha256:")).stat().st_size
+    contents = {layer.digest: name for name, layer in layers.items()}
+    return Target(image, proxy.reference(image.reference), sizes, contents)
+
+
+@pytest.fixture(scope="module")
+def proxy(registry: LocalRegistry) -> Iterator[CountingProxy]:
+    with counting_proxy(registry) as server:
+        yield server
+
+
+@contextmanager
+def storage_directory(kind: str) -> Iterator[Path]:
+    """A new directory on the machine's disk, or on a tmpfs."""
+    parent = {"disk": "/var/tmp", "memory": "/dev/shm"}[kind]
+    with tempfile.TemporaryDirectory(prefix="innkeep-storage-", dir=parent) as directory:
+        yield Path(directory)
+
+
+async def pull_until_death(machine: Machine, reference: str) -> bool:
+    """Whether the agent died before it answered."""
+    async with open_client(machine.address) as client:
+        try:
+            answer = await client.request(requests.Pull(image=reference))
+        except ConnectionFailed:
+            return True
+        assert isinstance(answer, responses.Ok), answer
+        return False
+
+
+async def kill_in_mid_pull(
+    machine: Machine, proxy: CountingProxy, target: Target, chances: random.Random
+) -> str:
+    """kill -9 the agent at a random moment of a pull, wait for its successor; the moment."""
+    pid = machine.agent_pid()
+    serving = successor(machine)
+
+    def kill() -> None:
+        os.kill(pid, signal.SIGKILL)
+
+    proxy.settle()
+    if chances.random() < 0.5:
+        due = chances.randrange(target.total_bytes)
+        moment = f"after {due} of {target.total_bytes} bytes"
+        proxy.when_served(due, kill)
+        died = await pull_until_death(machine, target.reference)
+    else:
+        event = chances.randrange(1, MOST_EVENTS)
+        moment = f"at event {event} in the store"
+        storage = machine.storage
+        parts = ("oci", "oci/blobs/sha256", "oci/ingest", "oci/unpacked", "erofs", "layers")
+        with on_each_event(
+            [storage / part for part in parts], lambda count: kill() if count == event else None
+        ):
+            died = await pull_until_death(machine, target.reference)
+    if not died:
+        # Too late for this pull: then what it has left is to survive.
+        moment += ", which was after its end"
+        if machine.agent_pid() == pid:
+            kill()
+    await serving()
+    return moment
+
+
+async def check_image(
+    machine: Machine, client: AgentClient, target: Target, info: dict[str, object]
+) -> None:
+    """Everything of a pulled image is there and right, and nothing else is."""
+    assert info["digest"] == target.image.config_digest
+    assert info["layers"] == list(target.image.layers)
+    for digest, name in target.contents.items():
+        mounted = machine.path(f"/storage/layers/{digest.removeprefix('sha256:')}")
+        noise = (mounted / "noise" / name).read_bytes()
+        assert noise == hashlib.shake_128(name.encode()).digest(len(noise)), name
+        assert len(noise) == random.Random(name).randrange(100 << 10, 5 << 20)
+    assert unfinished(machine.storage) == []
+    assert wrong_blobs(machine.storage) == []
+    assert (await run(client, target.reference)).exit_code == 0
+
+
+@pytest.mark.timeout(3600)
+async def test_an_agent_that_is_killed_at_any_moment_of_a_pull_leaves_a_store_that_goes_on(
+    registry: LocalRegistry, proxy: CountingProxy, images: Images, tmp_path: Path
+) -> None:
+    """What was stored is not fetched again, to the byte, and skopeo reads the store throughout."""
+    chances = chance("kill")
+    trials = rounds(3, 100)
+    kept_bytes = 0
+    for first in range(0, trials, DEATHS_OF_ONE_MACHINE):
+        kind = chances.choice(["disk", "memory"])
+        with (
+            storage_directory(kind) as storage,
+            booted(
+                tmp_path / f"machine-{first}", storage=storage, insecure_registries=[proxy.address]
+            ) as machine,
+        ):
+            pulled: list[str] = []
+            for trial in range(first, min(first + DEATHS_OF_ONE_MACHINE, trials)):
+                names = [f"killed-{trial}-{n}" for n in range(5)]
+                target = make_target(images, proxy, f"killed-{trial}", names, chances)
+                moment = await kill_in_mid_pull(machine, proxy, target, chances)
+                print(f"trial {trial}, {kind}: {moment}")
+                await trio.to_thread.run_sync(read_by_skopeo, storage, pulled)
+                lacking = lacking_bytes(storage, target.sizes)
+                sent = proxy.served.total()
+                kept = target.total_bytes - sum(lacking.values())
+                kept_bytes += kept
+                assert kept >= sent - IN_FLIGHT_BYTES, (kept, sent)
+                proxy.settle()
+                async with open_client(machine.address) as client:
+                    info = await pull(client, target.reference)
+                    # The configuration is a blob, too, which is verified and kept at the end only.
+                    assert {d: n for d, n in proxy.served.items() if d in target.sizes} == lacking
+                    await check_image(machine, client, target, info)
+                    assert "mkfs" not in (await execute(client, "ps")).stdout.decode()
+                pulled.append(target.reference)
+                await trio.to_thread.run_sync(read_by_skopeo, storage, pulled[-1:])
+    assert kept_bytes > 0
