@@ -133,6 +133,13 @@ def unpack(archives: Iterable[Path], root: Path) -> None:
             raise BuildError(f"{archive.name} cannot be unpacked")
 
 
+def carried_settings() -> list[str]:
+    """mmdebstrap's options to reach and believe the mirror as this machine's own apt does."""
+    dumped = subprocess.run(["apt-config", "dump"], stdout=subprocess.PIPE, text=True, check=True)
+    found = _CARRIED_SETTINGS.findall(dumped.stdout)
+    return [f'--aptopt={name} "{value}"' for name, value in found]
+
+
 def _mmdebstrap(
     mirror: Mirror,
     suite: str,
@@ -141,7 +148,6 @@ def _mmdebstrap(
     include: Sequence[str] = (),
 ) -> None:
     """Run a shell script where apt-get and apt-cache know the suite, `$1` being apt's root."""
-    settings = subprocess.run(["apt-config", "dump"], stdout=subprocess.PIPE, text=True, check=True)
     hook = f'export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"\nset -e\n{script}\n'
     command = [
         "mmdebstrap",
@@ -152,10 +158,7 @@ def _mmdebstrap(
         f"--architectures={architecture.name}",
         # The packages land in a folder that apt's own user may not write to.
         '--aptopt=APT::Sandbox::User "root"',
-        *(
-            f'--aptopt={name} "{value}"'
-            for name, value in _CARRIED_SETTINGS.findall(settings.stdout)
-        ),
+        *carried_settings(),
         *([f"--include={','.join(include)}"] if include else []),
         f"--extract-hook={hook}",
         suite,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 
-from agent.images.layer_tree import WHITEOUT, Directory, LayerTree, Place
+from agent.images.layer_tree import WHITEOUT, WHITEOUT_PREFIX, Directory, LayerTree, Place
 from agent.images.tar_header import (
     BLOCK_DEVICE,
     CHARACTER_DEVICE,
@@ -24,7 +24,6 @@ from agent.images.tar_header import (
     encode,
 )
 
-WHITEOUT_PREFIX = b".wh."
 _META_PREFIX = b".wh..wh."
 _OPAQUE = b".wh..wh..opq"
 

@@ -24,6 +24,8 @@ _PATH_MAX = 4095
 # path_resolution(7): where the kernel says ELOOP
 _MAX_SYMLINKS = 40
 
+# What a whiteout's name begins with, the name that it removes being the rest.
+WHITEOUT_PREFIX = b".wh."
 WHITEOUT = 0
 """The node of a name that the layer removes from those below it."""
 
@@ -88,7 +90,8 @@ class LayerTree:
             place = self._walk(path, create=True)
             if _unspelled(spelling) == place.parent:
                 self.spelled[spelling] = place.directory
-        if len(place.name) > _NAME_MAX or len(place.parent) + len(place.name) >= _PATH_MAX:
+        length = len(place.name.removeprefix(WHITEOUT_PREFIX))
+        if length > _NAME_MAX or len(place.parent) + len(place.name) >= _PATH_MAX:
             raise TarError("its name is too long")
         return place
 

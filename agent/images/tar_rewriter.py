@@ -12,8 +12,8 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 
-from agent.images.layer_entries import WHITEOUT_PREFIX, enter, root
-from agent.images.layer_tree import MAX_ENTRIES, Directory, LayerTree
+from agent.images.layer_entries import enter, root
+from agent.images.layer_tree import MAX_ENTRIES, WHITEOUT_PREFIX, Directory, LayerTree
 from agent.images.sparse import (
     MAX_EXTENTS,
     MAX_HOLE_BYTES,

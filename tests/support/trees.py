@@ -164,11 +164,15 @@ def odd_entries(root: Path) -> None:
         ".hidden",
         "n" * 255,
         "..three",
+        "trailing.",
+        "trailing...",
+        "PAX=value 100%",
     ]
     for name in names:
         (root / "names" / name).write_text(name)
     # Bytes that are no UTF-8: legal to the kernel.
-    (root / "names" / os.fsdecode(b"latin-\xe9")).write_text("e9")
+    for bytes_name in (b"latin-\xe9", b"\xff\n" * 127 + b"\xfe", bytes(range(1, 32))):
+        (root / "names" / os.fsdecode(bytes_name)).write_bytes(bytes_name)
     deep = root.joinpath("names", *(["d" * 60] * 5))
     deep.mkdir(parents=True)
     (deep / "deep").write_text("past 256 bytes of path\n")

@@ -107,6 +107,13 @@ def test_as_many_attributes_as_are_allowed_fit(layers: LayerStore) -> None:
     assert sorted(os.listxattr(root / "a")) == sorted(names)
 
 
+def test_a_whiteout_removes_a_name_of_any_length(layers: LayerStore) -> None:
+    name = "n" * 255
+    root = mounted(layers, tarball(directory("a"), entry(f"a/.wh.{name}")))
+    status = (root / "a" / name).lstat()
+    assert (stat.S_IFMT(status.st_mode), status.st_rdev) == (stat.S_IFCHR, 0)
+
+
 def test_whiteouts_are_overlayfs_s(layers: LayerStore) -> None:
     root = mounted(
         layers,
