@@ -204,6 +204,8 @@ class ContainerRuntime:
                     # Should crun itself have been killed, the container would go on without it.
                     with trio.CancelScope(shield=True):
                         await process.end_tree()
+                    # Nobody is left to write; what was written and not taken is not wanted.
+                    process.close_outputs()
 
     @asynccontextmanager
     async def joining(
