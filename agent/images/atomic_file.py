@@ -13,22 +13,40 @@ def write_atomically(path: Path, data: bytes, temporary_dir: Path) -> None:
     ``temporary_dir`` is on the same file system; whoever owns it removes what a crash leaves
     there. On an OSError nothing is left and `path` is as it was.
     """
-    descriptor, name = tempfile.mkstemp(dir=temporary_dir)
+    temporary = write_temporary(data, temporary_dir)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
+        sync_file(temporary)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
 
+def write_temporary(data: bytes, directory: Path) -> Path:
+    """A new file that holds `data`, still to be synced; on an OSError there is none."""
+    descriptor, name = tempfile.mkstemp(dir=directory)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return Path(name)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to a file durable."""
+    _sync(path, os.O_RDONLY)
+
+
 def sync_directory(path: Path) -> None:
     """Make names that were added to or removed from a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

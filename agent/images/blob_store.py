@@ -21,7 +21,8 @@ from pathlib import Path
 import attrs
 import orjson
 
-from agent.images.atomic_file import sync_directory, write_atomically
+from agent.images.atomic_file import sync_directory, write_atomically, write_temporary
+from agent.images.group_commit import GroupCommit, Naming
 from agent.images.manifest import DIGEST
 from agent.images.partial_blob import PartialBlob
 
@@ -49,6 +50,7 @@ class BlobStore:
         self._ingest = directory / "ingest"
         self._records = directory / "unpacked"
         self._lock = threading.Lock()
+        self._commit = GroupCommit()
         for path in (self._blobs, self._ingest, self._records):
             path.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
@@ -108,10 +110,15 @@ class BlobStore:
         """What is known of the tar inside a layer's blob."""
         return self._unpacked.get(digest)
 
-    def record_unpacked(self, digest: str, layer: UnpackedLayer) -> None:
-        """Remember what unpacking a layer's blob told."""
+    def add_layer(self, digest: str, layer: UnpackedLayer, *parts: Naming) -> None:
+        """Remember what unpacking a layer's blob told; `parts` of the layer get their names too."""
+        record = self._records / _hex(digest)
+        written = write_temporary(orjson.dumps(attrs.asdict(layer)), self._ingest)
+        try:
+            self._commit.publish((*parts, Naming(written, record)))
+        finally:
+            written.unlink(missing_ok=True)
         with self._lock:
-            self.write(self._records / _hex(digest), orjson.dumps(attrs.asdict(layer)))
             self._unpacked[digest] = layer
 
     def discard(self, digest: str) -> None:

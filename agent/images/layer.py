@@ -17,10 +17,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import attrs
+
 from agent.errors import cause_of
-from agent.images.atomic_file import sync_directory
 from agent.images.decompression import Decompression, DecompressionError
 from agent.images.erofs import Marks, append_marks, detached_mount, read_marks
+from agent.images.group_commit import Naming
 from agent.images.manifest import DIGEST
 from agent.images.mkfs_erofs import MkfsErofs, MkfsError, end_orphan
 from agent.images.tar_header import TarError
@@ -175,6 +177,14 @@ class LayerStore:
         return self._images / f"{_hex(diff_id)}.erofs"
 
 
+@attrs.frozen
+class BuiltLayer:
+    """The length of a layer's tar, and its files, to be published while its build is open."""
+
+    tar_bytes: int
+    files: tuple[Naming, ...]
+
+
 class LayerBuild:
     """A blob's bytes on their way into a layer's image: decompressed, hashed, mended, written."""
 
@@ -207,8 +217,8 @@ class LayerBuild:
             for chunk in self._decompression.feed(data):
                 self._take(chunk)
 
-    def finish(self) -> int:
-        """The blob is complete: the layer is checked and then there to stay. The tar's length.
+    def finish(self) -> BuiltLayer:
+        """The blob is complete: the layer is checked, and only lacks its name.
 
         Raises:
             LayerError: the blob holds another tar, or one that cannot be a layer.
@@ -226,11 +236,7 @@ class LayerBuild:
             with closing(detached_mount(self._partial)) as root:
                 tree.compare(root)
             append_marks(self._partial, Marks(tree.implied(), tree.root.opaque))
-            with self._partial.open("rb") as file:
-                os.fsync(file.fileno())
-            self._partial.replace(self._image)
-            sync_directory(self._image.parent)
-        return self._tar_bytes
+        return BuiltLayer(self._tar_bytes, (Naming(self._partial, self._image),))
 
     def interrupt(self) -> None:
         """Make a call that blocks in another thread raise LayerError soon."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from agent.images.blob_store import BlobStore, UnpackedLayer
-from agent.images.layer import LayerBuild, LayerError, LayerStore
+from agent.images.group_commit import Naming
+from agent.images.layer import BuiltLayer, LayerBuild, LayerError, LayerStore
 from agent.images.partial_blob import PartialBlob
 from agent.images.persistence import Persistence
 from agent.images.registries import MirrorError, RegistryError
@@ -111,7 +112,7 @@ class LayerTransfer:
                 for block in partial.blocks():
                     stream.feed(block)
                 self._download(partial, stream)
-                tar_bytes = stream.finish()
+                built = stream.finish()
             except (DamagedBlob, LayerError) as error:
                 if is_full_disk(error):
                     raise  # what was fetched is not to blame
@@ -120,8 +121,7 @@ class LayerTransfer:
                     # Perhaps only what was there before was no good.
                     raise _BadSource from error
                 raise
-            partial.keep()
-        self._blobs.record_unpacked(layer.digest, UnpackedLayer(layer.diff_id, tar_bytes))
+            self._add(built, partial.whole())
 
     def _download(self, partial: PartialBlob, stream: _Stream) -> None:
         """Get what is missing, in as many requests as it takes and the policy allows."""
@@ -164,8 +164,12 @@ class LayerTransfer:
             stream = _Stream(layer, build, self._on_position)
             while block := blob.read(_BLOCK):
                 stream.feed(block)
-            tar_bytes = stream.finish()
-        self._blobs.record_unpacked(layer.digest, UnpackedLayer(layer.diff_id, tar_bytes))
+            self._add(stream.finish())
+
+    def _add(self, built: BuiltLayer, *blob: Naming) -> None:
+        layer = self._layer
+        unpacked = UnpackedLayer(layer.diff_id, built.tar_bytes)
+        self._blobs.add_layer(layer.digest, unpacked, *built.files, *blob)
 
 
 class _Stream:
@@ -190,8 +194,8 @@ class _Stream:
         self.position += len(block)
         self._on_position(self.position)
 
-    def finish(self) -> int:
-        """The blob is complete: both digests are verified, and the layer is built to stay."""
+    def finish(self) -> BuiltLayer:
+        """The blob is complete: both digests are verified, and the layer's image is made."""
         digest = f"sha256:{self._sha256.hexdigest()}"
         if digest != self._layer.digest:
             raise DamagedBlob(f"its digest is {digest}")

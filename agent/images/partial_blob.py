@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from agent.images.atomic_file import sync_directory
+from agent.images.group_commit import Naming
 
 _BLOCK = 1 << 20
 
@@ -17,7 +17,7 @@ class PartialBlob:
 
     What it holds is not to be believed before its digest is verified: after a power loss a file
     can have its length without its contents. A context manager that closes the file, and keeps
-    it unless `discard` or `keep` was called. Blocking; raises OSError.
+    it unless `discard` was called, or what `whole` says was done. Blocking; raises OSError.
     """
 
     def __init__(self, path: Path, blob_path: Path) -> None:
@@ -57,12 +57,10 @@ class PartialBlob:
         """Add what comes next."""
         self._file.write(block)
 
-    def keep(self) -> None:
-        """Make it a blob of the store: the caller has verified its size and digest."""
+    def whole(self) -> Naming:
+        """What makes it a blob of the store: the caller has verified its size and digest."""
         self._file.flush()
-        os.fsync(self._file.fileno())
-        self._path.replace(self._blob_path)
-        sync_directory(self._blob_path.parent)
+        return Naming(self._path, self._blob_path)
 
     def discard(self) -> None:
         """Remove it: it is not the beginning of the blob."""

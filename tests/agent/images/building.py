@@ -7,6 +7,7 @@ import orjson
 
 from agent.images.blob_store import UnpackedLayer
 from agent.images.content_store import ContentStore, StoredImage, StoredLayer
+from agent.images.group_commit import GroupCommit
 from agent.images.layer import LayerStore
 from agent.images.manifest import OCI_CONFIG, OCI_MANIFEST
 from agent.images.reference import parse_reference
@@ -31,7 +32,9 @@ def build(
         data = tar if blob is None else blob
         for start in range(0, len(data), 1 << 20):
             build.write(data[start : start + (1 << 20)])
-        assert build.finish() == len(tar)
+        built = build.finish()
+        assert built.tar_bytes == len(tar)
+        GroupCommit().publish(built.files)
     return diff_id
 
 
@@ -59,8 +62,8 @@ def stored_image(
             build(layers, tar)
         with store.blobs.open_partial(digest) as partial:
             partial.append(blob[partial.size :])
-            partial.keep()
-        store.blobs.record_unpacked(digest, UnpackedLayer(diff_id, len(tar)))
+            unpacked = UnpackedLayer(diff_id, len(tar))
+            store.blobs.add_layer(digest, unpacked, partial.whole())
         layers.mount(digest, diff_id)
         media_type = f"{PLAIN}+gzip" if gzipped else PLAIN
         descriptors.append({"mediaType": media_type, "digest": digest, "size": len(blob)})

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent.images.decompression import Decompression, DecompressionError
-from agent.images.layer import LayerError
+from agent.images.layer import BuiltLayer, LayerError
 
 
 class RecordingLayers:
@@ -84,7 +84,7 @@ class RecordingBuild:
             assert self._interrupted.wait(10)
             raise LayerError(f"{self._diff_id}: interrupted")
 
-    def finish(self) -> int:
+    def finish(self) -> BuiltLayer:
         try:
             for chunk in self._decompression.finish():
                 self._tar += chunk
@@ -96,7 +96,7 @@ class RecordingBuild:
         with self._layers.changed:
             self._layers.tars[self._diff_id] = bytes(self._tar)
             self._layers.changed.notify_all()
-        return len(self._tar)
+        return BuiltLayer(len(self._tar), files=())
 
     def interrupt(self) -> None:
         self._interrupted.set()

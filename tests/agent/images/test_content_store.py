@@ -48,8 +48,8 @@ def config_of(layers: Sequence[LayerBlob], **process: object) -> bytes:
 def add_layer(store: ContentStore, layer: LayerBlob, tar_bytes: int = 1000) -> None:
     with store.blobs.open_partial(layer.digest) as partial:
         partial.append(layer.blob)
-        partial.keep()
-    store.blobs.record_unpacked(layer.digest, UnpackedLayer(layer.diff_id, tar_bytes))
+        unpacked = UnpackedLayer(layer.diff_id, tar_bytes)
+        store.blobs.add_layer(layer.digest, unpacked, partial.whole())
 
 
 def add_manifest(
@@ -208,8 +208,7 @@ def test_an_image_that_is_not_whole_gets_no_name(
         partial.append(layers[1].blob)
     with pytest.raises(NotWhole, match="is missing"):
         tag(store, "name", digest)
-    with store.blobs.open_partial(layers[1].digest) as partial:
-        partial.keep()
+    store.blobs.path(layers[1].digest).write_bytes(layers[1].blob)
     with pytest.raises(NotWhole, match="is not known to be"):
         tag(store, "name", digest)
     assert store.images() == ContentStore(tmp_path).images() == [before]
