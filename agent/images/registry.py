@@ -35,7 +35,7 @@ from agent.images.transport import Transport
 from protocol.values import RegistryAuth
 
 _MOST_REDIRECTS = 10
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-\d+/(?:\d+|\*)")
 
 
 class RegistryClient:
@@ -147,14 +147,15 @@ class RegistryClient:
         url = f"{self._url}/blobs/{digest}"
         with self._transport.expecting(size):
             response = self._send("GET", url, _range_from(offset), stream=True)
-            if response.status_code == 416 and offset:
-                # What some answer that have no ranges.
+            if offset and (
+                response.status_code == 416 or _range_of(response) not in (None, offset)
+            ):
+                # What some answer that have no ranges, or wrong ones.
                 response.close()
                 response = self._send("GET", url, {}, stream=True)
         try:
             if response.status_code == 206:
-                sent = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
-                if sent is None or sent[1] != str(offset):
+                if _range_of(response) != offset:
                     raise RegistryError(f"{self.host} answered with another range than asked for")
                 yield BlobBody(response, offset, self.host, self._limits)
             elif response.status_code == 200:
@@ -238,7 +239,9 @@ class RegistryClient:
         # Over plain HTTP credentials go only where the configuration already lets them go.
         same_host = realm.hostname == urlsplit(self._url).hostname
         if realm.scheme != "https" and not (self.endpoint.is_plain and same_host):
-            raise RegistryError(f"{self.host} asks for a token of {wanted.realm!r}, not HTTPS")
+            raise RegistryError(
+                f"{self.host} asks for a token of {(wanted.realm or '')[:300]!r}, not HTTPS"
+            )
         self._token_refusal = None
         self._asking_token = threading.get_ident()
         backend = self._oras.auth
@@ -269,6 +272,14 @@ class RegistryClient:
         if response.status_code != 401:
             return ""
         return "the credentials were refused" if self._auth else "it wants credentials"
+
+
+def _range_of(response: requests.Response) -> int | None:
+    """Where the part of a blob that a 206 has begins, -1 where it does not say; else None."""
+    if response.status_code != 206:
+        return None
+    sent = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+    return int(sent[1]) if sent else -1
 
 
 def _range_from(offset: int) -> dict[str, str]:

@@ -48,6 +48,7 @@ def failure_of(error: BaseException, host: str, limits: TimeLimits) -> RegistryE
         host = "the proxy"
     elif isinstance(error, requests.RequestException) and error.request is not None:
         host = host_of(error.request.url) or host
+    host = host[:_LONGEST_WORDS]
     for cause in causes:
         match cause:
             case TooSlow():

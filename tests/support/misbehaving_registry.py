@@ -59,6 +59,12 @@ class Exchange:
             self._handler.wfile.write(data)
             self._handler.wfile.flush()
 
+    def write_raw(self, data: bytes) -> None:
+        """Send what no header went before."""
+        self._handler.wfile.write(data)
+        self._handler.wfile.flush()
+        self._handler.close_connection = True
+
     def hang_up(self, *, reset: bool = False) -> None:
         """Close the connection, with what was announced not yet sent."""
         connection = self._handler.connection
@@ -167,6 +173,29 @@ def slow(step: int, pause_s: float) -> Fault:
         for start in range(0, len(exchange.body), step):
             exchange.write(exchange.body[start : start + step])
             exchange.registry.released.wait(pause_s)
+
+    return fault
+
+
+def dripping(before: bytes, drop: bytes = b"x", pause_s: float = 0.05) -> Fault:
+    """Send raw bytes, and then one drop after the other until the client has had enough."""
+
+    def fault(exchange: Exchange) -> None:
+        exchange.write_raw(before)
+        while not exchange.registry.released.wait(pause_s):
+            exchange.write_raw(drop)
+
+    return fault
+
+
+def flooding(before: bytes, wave: bytes) -> Fault:
+    """Send raw bytes, and then the same again and again until the client has had enough."""
+
+    def fault(exchange: Exchange) -> None:
+        exchange.write_raw(before)
+        waves = wave * (1 + 65536 // len(wave))
+        while not exchange.registry.released.is_set():
+            exchange.write_raw(waves)
 
     return fault
 
