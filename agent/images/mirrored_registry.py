@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from agent.images.blob_body import BlobBody
 from agent.images.manifest import Descriptor, InvalidManifest, parse_manifest
+from agent.images.proxy import proxy_url
 from agent.images.reference import Reference
 from agent.images.registries import MirrorError, RegistryError, RegistrySettings
 from agent.images.registry import RegistryClient
@@ -32,7 +33,7 @@ class MirroredRegistry:
     """Conversations about one repository, for the time of one pull; a context manager.
 
     Any thread may call any method. Those that ask for something raise RegistryError, the
-    registry's own, with what its mirrors said; construction raises HostsError.
+    registry's own, with what its mirrors said; construction raises HostsError and InvalidProxy.
 
     A mirror that kept the pull waiting, or whose content was wrong, is not asked again. Others
     are, for everything else: they may well have the one blob and lack the other.
@@ -48,6 +49,7 @@ class MirroredRegistry:
         no_proxy: str | None = None,
     ) -> None:
         endpoints = endpoints_of(reference.registry, settings)
+        proxy = proxy_url(proxy) if proxy else None
         self._clients = [
             RegistryClient(
                 reference,

@@ -21,6 +21,7 @@ from agent.images.layer_fetcher import (
 from agent.images.manifest import InvalidManifest
 from agent.images.platform import NoSuchPlatform, Platform, local_platform
 from agent.images.progress import OnProgress, PullProgress
+from agent.images.proxy import InvalidProxy
 from agent.images.reference import Reference
 from agent.images.registries import RegistryError, RegistrySettings
 from agent.images.registry_hosts import HostsError
@@ -186,6 +187,7 @@ _FAILURES = (
     DiskFullError,
     HostsError,
     InvalidManifest,
+    InvalidProxy,
     LayerError,
     LayerFetchError,
     NoSuchPlatform,

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import attrs
 
+from agent.images.proxy import proxy_url
 from agent.images.reference import DOCKER_HUB
 from agent.images.registries import RegistrySettings
 
@@ -185,7 +186,7 @@ def _endpoint(
             for name in table.get("header", {})
         },
         dial_timeout_s=_seconds(table),
-        proxy=_typed(table, "proxy", str, None),
+        proxy=proxy_url(table["proxy"]) if _typed(table, "proxy", str, None) else None,
     )
 
 

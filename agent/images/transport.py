@@ -22,8 +22,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from agent.images.no_proxy import bypasses_proxy
 from agent.images.paced_socket import Pace, PlainSocket, TlsSocket, plain
+from agent.images.proxy import bypasses_proxy
 from agent.images.registries import TimeLimits
 from agent.images.registry_hosts import Endpoint
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from agent.images.no_proxy import bypasses_proxy
+from agent.images.proxy import bypasses_proxy
 
 
 @pytest.mark.parametrize(

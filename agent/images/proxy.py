@@ -1,9 +1,36 @@
-"""Hosts that are reached without the proxy, as the environment variable `no_proxy` lists them."""
+"""A proxy, and hosts that are reached without it, as the environment variables say them."""
 
 from __future__ import annotations
 
 import ipaddress
 from urllib.parse import urlsplit
+
+
+class InvalidProxy(ValueError):
+    """The text is no proxy that can be used; the message does not quote it, for its password."""
+
+
+def proxy_url(text: str) -> str:
+    """The URL of a proxy that `text` names, with or without its scheme.
+
+    Raises:
+        InvalidProxy: it names none.
+    """
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        if not host or port == 0 or not host.isprintable() or " " in host:
+            raise ValueError
+        if _address(host) is None:
+            host.rstrip(".").encode("idna")
+    except ValueError:
+        raise InvalidProxy(
+            "the proxy is not of the form http://HOST:PORT or http://USER:PASSWORD@HOST:PORT"
+        ) from None
+    if parts.scheme not in ("http", "https"):
+        raise InvalidProxy("the proxy is neither an http:// nor an https:// one")
+    return url
 
 
 def bypasses_proxy(url: str, no_proxy: str) -> bool:
