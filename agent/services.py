@@ -13,7 +13,9 @@ import trio
 
 from agent.config import AgentConfig
 from agent.errors import AgentError, cause_of, failing_as
+from agent.files.journal import Journal
 from agent.gate import Gate
+from agent.guest_roots import GuestRoots
 from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore
 from agent.images.garbage import GarbageCollector
@@ -54,6 +56,8 @@ class Images:
     puller: Puller
     claims: LayerClaims
     garbage: GarbageCollector
+    journal: Journal
+    """Of uploads, which a crash may leave behind."""
 
 
 @attrs.define(eq=False)
@@ -69,8 +73,9 @@ class Services:
     """What commands in the VM and in containers have, unless they are given another."""
     sockets: Sequence[Bind]
     """What every container has besides its mounts."""
+    roots: GuestRoots
+    images: Gate[Images]
     shares: Shares = attrs.field(factory=Shares)
-    images: Gate[Images] = attrs.field(factory=Gate)
     network: Gate[None] = attrs.field(factory=Gate)
     stopped: trio.Event = attrs.field(factory=trio.Event)
     """Set when the machine may be powered off."""
@@ -118,6 +123,7 @@ class Services:
             for digest, error in refused.items():
                 log.error("mount layer %s: %s", digest, cause_of(error))
             overlays = Overlays(storage, layers, claims)
+            journal = Journal(storage / "uploads")
         settings = RegistrySettings(
             insecure=self.config.insecure_registries,
             ca_files=self.config.registry_ca_files,
@@ -127,7 +133,7 @@ class Services:
             log.error("registries: %s", problem)
         puller = Puller(store, layers, settings, claims)
         garbage = GarbageCollector(store, layers, overlays, claims)
-        return Images(store, layers, overlays, puller, claims, garbage)
+        return Images(store, layers, overlays, puller, claims, garbage, journal)
 
     async def bring_up_network(self) -> None:
         """Configure the VM's interface, where the boot configuration says how; else it is as it
@@ -200,22 +206,28 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
             with failing_as(ErrorCode.INTERNAL_ERROR, f"take over {config.run_dir}"):
                 containers = ContainerRuntime.open(processes, config.run_dir, crun=config.crun)
                 standing = StandingContainers.open(containers, init=config.catatonit)
+                journal = Journal(config.run_dir / "uploads")
             for socket in sockets:
                 await standing.renew(socket)
+            disk = Disk(
+                config.storage_dir,
+                config.storage_device,
+                config.storage_in_memory,
+                WORKSPACE_MOUNT if config.in_image else None,
+            )
+            images: Gate[Images] = Gate()
             services = Services(
                 config=config,
-                disk=Disk(
-                    config.storage_dir,
-                    config.storage_device,
-                    config.storage_in_memory,
-                    WORKSPACE_MOUNT if config.in_image else None,
-                ),
+                disk=disk,
                 processes=processes,
                 containers=containers,
                 standing=standing,
                 environment={} if ssh_socket is None else {ssh_agent.VARIABLE: ssh_socket},
                 sockets=sockets,
+                roots=GuestRoots(images, standing, disk.workspace, journal),
+                images=images,
             )
+            nursery.start_soon(services.roots.keep_clean)
             nursery.start_soon(_bring_up_at_boot, services)
             nursery.start_soon(services.bring_up_network)
             yield services

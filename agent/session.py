@@ -39,7 +39,13 @@ DROPPED: frozenset[type] = frozenset({requests.Stdin, requests.Resize})
 OUTLIVE_THEIR_CONNECTION: frozenset[type] = frozenset({requests.Shutdown, requests.FormatStorage})
 """Requests that run to their end when the peer hangs up, and even if it has already."""
 
-CAPABILITIES = ("process-stats-v1",)
+CAPABILITIES = (
+    "process-stats-v1",
+    "file-range-v1",
+    "file-digest-v1",
+    "file-resume-v1",
+    "file-tree-v1",
+)
 """What this agent can do beyond protocol.rs; docs/protocol.md says what each one means."""
 
 PONG = responses.Pong(version=PROTOCOL_VERSION, capabilities=CAPABILITIES)
@@ -101,14 +107,18 @@ async def _answer(envelope: Request, channel: Channel, services: Gate[Services])
         else:
             answer = await _handle(request, channel, services)
         try:
-            await channel.send(answer)
+            if answer is not None:
+                await channel.send(answer)
         finally:
             channel.answered()
     finally:
         logs.trace_id.reset(token)
 
 
-async def _handle(request: AgentRequest, channel: Channel, gate: Gate[Services]) -> AgentResponse:
+async def _handle(
+    request: AgentRequest, channel: Channel, gate: Gate[Services]
+) -> AgentResponse | None:
+    """The final answer; None where the handler has given it already."""
     services = await gate.passed(ErrorCode.INTERNAL_ERROR)
     # Imported, with the services, while the first pings were answered.
     from agent.handlers import HANDLERS
@@ -117,7 +127,7 @@ async def _handle(request: AgentRequest, channel: Channel, gate: Gate[Services])
     handler = HANDLERS[kind]
     method = handler.__name__
     begun = time.monotonic()
-    answer: AgentResponse
+    answer: AgentResponse | None
     try:
         services.refuse_when_stopping(kind)
         answer = await handler(request, channel, services)

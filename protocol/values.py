@@ -4,7 +4,7 @@ from typing import Annotated, Final
 
 import attrs
 
-from protocol.fields import assignments_hidden, hidden
+from protocol.fields import OMITTED, assignments_hidden, hidden
 
 
 @attrs.frozen
@@ -105,3 +105,30 @@ class StorageStatus:
     used_bytes: U64
     layer_count: U64
     image_count: U64
+
+
+@attrs.frozen(kw_only=True)
+class FileInfo:
+    """What lstat(2) or stat(2) tells of a file; ``mode`` are permission bits.
+
+    ``kind`` is file, directory, symlink, fifo, socket, block or char; ``mtime_ns`` are the
+    nanoseconds beside the whole seconds, ``target`` is what a symbolic link says. ``escaped``: a
+    name or target has bytes that are not UTF-8, written as ``\\xNN``.
+    """
+
+    kind: str
+    size: U64
+    mode: U32
+    uid: U32
+    gid: U32
+    mtime_s: I64
+    mtime_ns: U32
+    target: str | None = attrs.field(default=None, metadata=OMITTED)
+    escaped: bool = attrs.field(default=False, metadata=OMITTED)
+
+
+@attrs.frozen(kw_only=True)
+class FileEntry(FileInfo):
+    """The same of one of a directory's entries."""
+
+    name: str

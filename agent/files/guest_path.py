@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import attrs
 
@@ -173,11 +174,18 @@ class GuestRoot:
             if stat.S_ISDIR(mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not stat.S_ISREG(mode):
-                raise OSError(errno.EINVAL, f"it is {_KINDS[stat.S_IFMT(mode)]}, no regular file")
+                raise OSError(errno.EINVAL, f"it is {KINDS[stat.S_IFMT(mode)]}, no regular file")
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             return os.open(f"/proc/self/fd/{found}", flags)
         finally:
             os.close(found)
+
+    def path_of(self, directory: int) -> GuestPath:
+        """Where an open directory is now, without symbolic links."""
+        here = _path_of(self.descriptor)
+        there = _path_of(directory)
+        inside = there.removeprefix("" if here == "/" else here)
+        return GuestPath(tuple(part for part in inside.split("/") if part))
 
     def open_nearest_directory(self, path: GuestPath) -> tuple[int, tuple[str, ...]]:
         """The deepest directory towards ``path`` that is there, and the names still to be made."""
@@ -254,7 +262,7 @@ def closing(descriptor: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-_KINDS = {
+KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFIFO: "a fifo",
     stat.S_IFSOCK: "a socket",
@@ -283,6 +291,10 @@ def _make_in(directory: int, name: str, owner: Owner, mode: int) -> int:
             os.rmdir(name, dir_fd=directory)
         raise
     return made
+
+
+def _path_of(descriptor: int) -> str:
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
 
 
 def _invalid(reason: str) -> AgentError:

@@ -8,6 +8,8 @@ from typing import Any
 from agent.channel import Channel
 from agent.errors import AgentError
 from agent.handlers.containers import run
+from agent.handlers.file_tree import file_list, file_mkdir, file_remove, file_stat
+from agent.handlers.files import file_read, file_write, file_write_begin, file_write_chunk
 from agent.handlers.images import garbage_collect, list_images, pull, query
 from agent.handlers.machine import format_storage, shutdown, storage_status
 from agent.handlers.overlays import cleanup_overlay, prepare_overlay
@@ -17,7 +19,8 @@ from protocol import AgentResponse, requests
 from protocol.errors import ErrorCode
 
 # A handler takes its own request class, which a mapping over all of them cannot say.
-Handler = Callable[[Any, Channel, Services], Awaitable[AgentResponse]]
+# None: the request has had its final answer, and ended later.
+Handler = Callable[[Any, Channel, Services], Awaitable[AgentResponse | None]]
 
 
 def unsupported(method: str) -> Handler:
@@ -44,14 +47,14 @@ HANDLERS: Mapping[type, Handler] = {
     requests.ExportLayer: unsupported("export_layer"),
     requests.VmExec: vm_exec,
     requests.Run: run,
-    requests.FileWrite: unsupported("file_write"),
-    requests.FileWriteBegin: unsupported("file_write_begin"),
-    requests.FileWriteChunk: unsupported("file_write_chunk"),
-    requests.FileRead: unsupported("file_read"),
-    requests.FileStat: unsupported("file_stat"),
-    requests.FileList: unsupported("file_list"),
-    requests.FileRemove: unsupported("file_remove"),
-    requests.FileMkdir: unsupported("file_mkdir"),
+    requests.FileWrite: file_write,
+    requests.FileWriteBegin: file_write_begin,
+    requests.FileWriteChunk: file_write_chunk,
+    requests.FileRead: file_read,
+    requests.FileStat: file_stat,
+    requests.FileList: file_list,
+    requests.FileRemove: file_remove,
+    requests.FileMkdir: file_mkdir,
     requests.TarWrite: unsupported("tar_write"),
     requests.TarRead: unsupported("tar_read"),
     requests.FlattenLayers: unsupported("flatten_layers"),

@@ -136,6 +136,14 @@ class Overlays:
         """The workload ids whose overlays are mounted."""
         return sorted(root.name for root in self._roots() if _is_mounted(root))
 
+    def merged(self, workload_id: str) -> Path:
+        """Where an overlay is mounted, if it is."""
+        return self._directory / workload_id / "merged"
+
+    def upper(self, workload_id: str) -> Path:
+        """The directory of what was changed in an overlay, if there is one."""
+        return self._directory / workload_id / "upper"
+
     def pins(self) -> set[OverlayRecord]:
         """What all overlays with an id are made of, mounted or not. Blocks.
 

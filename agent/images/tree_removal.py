@@ -27,12 +27,24 @@ def remove_tree(path: Path) -> None:
         top = os.open(path, _DIRECTORY)
     except FileNotFoundError:
         return
+    _empty_and_close(top)
+    path.rmdir()
+
+
+def remove_tree_in(directory: int, name: str) -> None:
+    """The same for the directory ``name`` in an open one, which must be there and no mount."""
+    _empty_and_close(
+        openat2(directory, name, _DIRECTORY, resolve=RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS)
+    )
+    os.rmdir(name, dir_fd=directory)
+
+
+def _empty_and_close(top: int) -> None:
     try:
         while _empty(top, top, 0):
             pass
     finally:
         os.close(top)
-    path.rmdir()
 
 
 def _empty(directory: int, top: int, depth: int) -> bool:

@@ -188,7 +188,7 @@ class StandingContainers:
         command: ContainerCommand,
         rootfs: Callable[[], Awaitable[Path]],
     ) -> StandingContainer:
-        while (running := self._newest(workload)) is not None:
+        while (running := self.newest(workload)) is not None:
             try:
                 await self._bind(running, command)
             except AgentError:
@@ -214,7 +214,7 @@ class StandingContainers:
         """
         async with self._turn(workload):
             where = await rootfs()
-            newest = self._newest(workload)
+            newest = self.newest(workload)
             if newest is not None and newest.is_idle():
                 await self._end(newest)
             container = await self._start(workload, command, where, is_ours=False)
@@ -267,7 +267,8 @@ class StandingContainers:
         """Those of a workload that run, the newest last; the end of one may not be seen to yet."""
         return list(self._by_workload.get(workload, ()))
 
-    def _newest(self, workload: str) -> StandingContainer | None:
+    def newest(self, workload: str) -> StandingContainer | None:
+        """The one that a command of a workload would join. From any thread."""
         return next((each for each in reversed(self.of(workload)) if not each.has_ended), None)
 
     async def _start_idle(
