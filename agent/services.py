@@ -16,8 +16,10 @@ from agent.errors import AgentError, cause_of, failing_as
 from agent.files.journal import Journal
 from agent.gate import Gate
 from agent.guest_roots import GuestRoots
+from agent.image_answers import ImageAnswers
 from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore
+from agent.images.exporter import LayerExporter
 from agent.images.garbage import GarbageCollector
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
@@ -58,6 +60,8 @@ class Images:
     garbage: GarbageCollector
     journal: Journal
     """Of uploads, which a crash may leave behind."""
+    exporter: LayerExporter
+    answers: ImageAnswers
 
 
 @attrs.define(eq=False)
@@ -133,7 +137,17 @@ class Services:
             log.error("registries: %s", problem)
         puller = Puller(store, layers, settings, claims)
         garbage = GarbageCollector(store, layers, overlays, claims)
-        return Images(store, layers, overlays, puller, claims, garbage, journal)
+        return Images(
+            store,
+            layers,
+            overlays,
+            puller,
+            claims,
+            garbage,
+            journal,
+            exporter=LayerExporter(store, claims),
+            answers=ImageAnswers(store),
+        )
 
     async def bring_up_network(self) -> None:
         """Configure the VM's interface, where the boot configuration says how; else it is as it

@@ -10,7 +10,7 @@ from agent.errors import AgentError
 from agent.handlers.containers import run
 from agent.handlers.file_tree import file_list, file_mkdir, file_remove, file_stat
 from agent.handlers.files import file_read, file_write, file_write_begin, file_write_chunk
-from agent.handlers.images import garbage_collect, list_images, pull, query
+from agent.handlers.images import export_layer, garbage_collect, list_images, pull, query
 from agent.handlers.machine import format_storage, shutdown, storage_status
 from agent.handlers.overlays import cleanup_overlay, prepare_overlay
 from agent.handlers.processes import vm_exec
@@ -44,7 +44,7 @@ HANDLERS: Mapping[type, Handler] = {
     requests.StorageStatus: storage_status,
     requests.NetworkTest: unsupported("network_test"),
     requests.Shutdown: shutdown,
-    requests.ExportLayer: unsupported("export_layer"),
+    requests.ExportLayer: export_layer,
     requests.VmExec: vm_exec,
     requests.Run: run,
     requests.FileWrite: file_write,

@@ -43,14 +43,14 @@ async def pull(request: requests.Pull, channel: Channel, services: Services) -> 
 
 async def query(request: requests.Query, channel: Channel, services: Services) -> AgentResponse:
     image = await stored_image(request.image, services, ErrorCode.QUERY_FAILED)
-    return responses.Ok(image.info())
+    return responses.Ok(services.images.value.answers.of(image))
 
 
 async def list_images(
     request: requests.ListImages, channel: Channel, services: Services
 ) -> AgentResponse:
     images = await services.images.passed(ErrorCode.LIST_FAILED)
-    return responses.Ok([image.info() for image in images.store.images()])
+    return responses.Ok(images.answers.of_all())
 
 
 async def garbage_collect(
@@ -69,6 +69,18 @@ async def garbage_collect(
             partial_blobs=tuple(sorted(garbage.partials)),
         )
     )
+
+
+async def export_layer(
+    request: requests.ExportLayer, channel: Channel, services: Services
+) -> AgentResponse:
+    images = await services.images.passed(ErrorCode.EXPORT_FAILED)
+
+    async def send(block: bytes) -> None:
+        await channel.send(responses.DataChunk(block, done=False))
+
+    await images.exporter.export(request.image_digest, request.layer_index, send)
+    return responses.DataChunk(b"", done=True)
 
 
 def parse(image: str, code: ErrorCode) -> Reference:

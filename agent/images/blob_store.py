@@ -51,6 +51,7 @@ class BlobStore:
         self._records = directory / "unpacked"
         self._lock = threading.Lock()
         self._commit = GroupCommit()
+        self._distrusted: set[str] = set()
         for path in (self._blobs, self._ingest, self._records):
             path.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
@@ -66,7 +67,14 @@ class BlobStore:
 
     def has(self, digest: str, size: int) -> bool:
         """Whether a blob is there with all its bytes."""
-        return _size_of(self.path(digest)) == size
+        return digest not in self._distrusted and _size_of(self.path(digest)) == size
+
+    def distrust(self, digest: str) -> None:
+        """Take a blob for missing, until it is fetched anew or the agent starts again.
+
+        For one that the disk has damaged: the layer that was built from it is as good as ever.
+        """
+        self._distrusted.add(digest)
 
     def is_intact(self, digest: str) -> bool:
         """Whether a blob that is there still has its digest: reads all of it."""
@@ -120,11 +128,13 @@ class BlobStore:
             written.unlink(missing_ok=True)
         with self._lock:
             self._unpacked[digest] = layer
+            self._distrusted.discard(digest)
 
     def discard(self, digest: str) -> None:
         """Remove a blob, its record and its partial; no image and no pull uses them any more."""
         with self._lock:
             self._unpacked.pop(digest, None)
+            self._distrusted.discard(digest)
             for path in (
                 self._records / _hex(digest),
                 self.path(digest),

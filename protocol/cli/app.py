@@ -13,6 +13,7 @@ from protocol.cli import execution, output
 from protocol.cli.arguments import CommandAfterImage, CommandAfterOptions
 from protocol.cli.connection import AGENT_ERRORS, CommandFailed, Settings, converse, settings_of
 from protocol.cli.execution import PullPolicy
+from protocol.cli.export import STDOUT, export_layer
 from protocol.cli.pull import pull
 from protocol.client import AgentClient
 from protocol.values import CollectedGarbage, ImageInfo, StorageStatus
@@ -158,6 +159,22 @@ def gc(
         output.print_json(answer)
         return
     output.print_garbage(decode_value(answer.data, CollectedGarbage))
+
+
+@app.command(name="export-layer")
+def export_one_layer(
+    context: typer.Context,
+    image: Annotated[
+        str,
+        typer.Argument(metavar="IMAGE", help="Its digest, the digest's start, or a reference."),
+    ],
+    index: Annotated[int, typer.Argument(metavar="INDEX", min=0, help="0 is the bottom layer.")],
+    target: Annotated[
+        str, typer.Option("-o", "--output", metavar="FILE", help="Where to; - is stdout.")
+    ] = STDOUT,
+) -> None:
+    """Write the uncompressed tar of a layer."""
+    converse(settings_of(context), lambda client: export_layer(client, image, index, target))
 
 
 @app.command()

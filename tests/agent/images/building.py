@@ -1,7 +1,7 @@
 """Layers and images for tests, straight into the stores."""
 
-import gzip
 import hashlib
+from collections.abc import Callable
 
 import orjson
 
@@ -11,6 +11,7 @@ from agent.images.group_commit import GroupCommit
 from agent.images.layer import LayerStore
 from agent.images.manifest import OCI_CONFIG, OCI_MANIFEST
 from agent.images.reference import parse_reference
+from tests.support.layout import LayerBlob, plain_layer
 
 PLAIN = "application/vnd.oci.image.layer.v1.tar"
 
@@ -51,22 +52,26 @@ def image_of(layers: LayerStore, *tars: bytes, reference: str = "test/image:late
 
 
 def stored_image(
-    store: ContentStore, layers: LayerStore, reference: str, *tars: bytes, gzipped: bool = False
+    store: ContentStore,
+    layers: LayerStore,
+    reference: str,
+    *tars: bytes,
+    pack: Callable[[bytes], LayerBlob] = plain_layer,
 ) -> StoredImage:
     """The same, in the store as a pull leaves it: documents, blobs, records, mounted layers."""
     descriptors = []
     for tar in tars:
-        blob = gzip.compress(tar, 1, mtime=0) if gzipped else tar
-        digest, diff_id = digest_of(blob), digest_of(tar)
-        if not layers.has(diff_id):
+        layer = pack(tar)
+        if not layers.has(layer.diff_id):
             build(layers, tar)
-        with store.blobs.open_partial(digest) as partial:
-            partial.append(blob[partial.size :])
-            unpacked = UnpackedLayer(diff_id, len(tar))
-            store.blobs.add_layer(digest, unpacked, partial.whole())
-        layers.mount(digest, diff_id)
-        media_type = f"{PLAIN}+gzip" if gzipped else PLAIN
-        descriptors.append({"mediaType": media_type, "digest": digest, "size": len(blob)})
+        with store.blobs.open_partial(layer.digest) as partial:
+            partial.append(layer.blob[partial.size :])
+            unpacked = UnpackedLayer(layer.diff_id, len(tar))
+            store.blobs.add_layer(layer.digest, unpacked, partial.whole())
+        layers.mount(layer.digest, layer.diff_id)
+        descriptors.append(
+            {"mediaType": layer.media_type, "digest": layer.digest, "size": len(layer.blob)}
+        )
     rootfs = {"type": "layers", "diff_ids": [digest_of(tar) for tar in tars]}
     config = orjson.dumps({"architecture": "amd64", "os": "linux", "rootfs": rootfs})
     manifest = {

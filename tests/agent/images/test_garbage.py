@@ -27,7 +27,7 @@ from agent.images.tree_removal import remove_tree
 from protocol.errors import ErrorCode
 from protocol.values import OverlayInfo
 from tests.agent.images.building import digest_of, stored_image
-from tests.support.layout import gzip_layer
+from tests.support.layout import gzip_layer, plain_layer
 from tests.support.misbehaving_registry import MisbehavingRegistry, misbehaving_registry, stalled
 from tests.support.rounds import rounds
 from tests.support.tarballs import directory, entry, tarball
@@ -58,8 +58,8 @@ class Storage:
         return await self.garbage.collect(**how)
 
     def image(self, reference: str, *names: str, gzipped: bool = False) -> StoredImage:
-        tars = map(tar_of, names)
-        return stored_image(self.store, self.layers, reference, *tars, gzipped=gzipped)
+        tars, pack = map(tar_of, names), gzip_layer if gzipped else plain_layer
+        return stored_image(self.store, self.layers, reference, *tars, pack=pack)
 
     def files(self) -> set[str]:
         """Everything that a collection may take: blobs, records, partials, layers, mounts."""
