@@ -40,6 +40,11 @@ class Gate(Generic[T]):
         return bool(self._values)
 
     @property
+    def failure(self) -> AgentError | None:
+        """What turns everyone back now, if anything does."""
+        return self._failure
+
+    @property
     def value(self) -> T:
         """The value of an open gate.
 

@@ -25,19 +25,27 @@ async def pull(request: requests.Pull, channel: Channel, services: Services) -> 
     except InvalidPlatform as error:
         raise AgentError(ErrorCode.PULL_FAILED, f"pull {reference}: {error}") from error
     images = await services.images.passed(ErrorCode.PULL_FAILED)
-    await services.network.passed(ErrorCode.PULL_FAILED)
+    # A network that is not to be had is met like a registry out of reach: an image of the store
+    # needs none.
+    await services.network.decided()
 
     async def tell(progress: PullProgress) -> None:
         await channel.progress(progress.message, progress.percent, progress.layer)
 
-    image = await images.puller.pull(
-        reference,
-        platform,
-        request.auth,
-        tell,
-        proxy=request.proxy,
-        no_proxy=request.no_proxy,
-    )
+    try:
+        image = await images.puller.pull(
+            reference,
+            platform,
+            request.auth,
+            tell,
+            proxy=request.proxy,
+            no_proxy=request.no_proxy,
+        )
+    except AgentError as error:
+        if services.network.failure is None:
+            raise
+        why = f"{error.message} ({services.network.failure.message})"
+        raise AgentError(error.code, why) from error
     return responses.Ok(image.info())
 
 

@@ -1,5 +1,6 @@
 """The registry's side of a pull: what is asked, what is believed, what is said when it fails."""
 
+import socket
 import ssl
 import threading
 from collections.abc import Iterator
@@ -350,6 +351,28 @@ def test_a_registry_that_is_not_there_is_told_from_one_that_refuses() -> None:
             client.get_manifest("latest")
         assert failed.value.unreachable
         assert failed.value.transient
+
+
+def test_a_registry_that_hangs_up_before_tls_is_there_may_be_asked_again() -> None:
+    """As load balancers do while what is behind them restarts."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            connection, _ = listener.accept()
+            connection.recv(1000)
+            connection.close()
+
+        serving = threading.Thread(target=hang_up)
+        serving.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        reference = parse_reference(f"{address}/image")
+        with (
+            MirroredRegistry(reference, RegistrySettings(), None) as client,
+            pytest.raises(RegistryError, match=f"{address} hung up without an answer") as failed,
+        ):
+            client.get_manifest("latest")
+        serving.join()
+    assert failed.value.transient
 
 
 def test_a_host_without_an_address_is_told() -> None:
