@@ -1,5 +1,6 @@
 """Pulls that cannot succeed: refused with the cause, nothing kept, and the next good one works."""
 
+import tarfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.support.layout import LayerBlob, digest_of, gzip_layer, zstd_layer
 from tests.support.machine import Machine, booted
 from tests.support.misbehaving_registry import MisbehavingRegistry, cut, flipped
 from tests.support.store import wrong_blobs
+from tests.support.tarballs import entry, hard_link, symlink, tarball
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +153,39 @@ async def test_layers_that_are_no_layers(
 ) -> None:
     reference = images.push_manifest(f"no-layer-{cause}", [layer], {})
     assert cause in await pull_failure(client, reference)
+
+
+async def test_a_layer_that_wants_out_of_its_tree_stays_in_it(
+    machine: Machine, client: AgentClient, images: Images
+) -> None:
+    """By `..`, by absolute names, and through links that lead out."""
+    tar = tarball(
+        entry("../../../escaped-1", b"1"),
+        entry("/escaped-2", b"2"),
+        symlink("out", "../../../../../"),
+        entry("out/escaped-3", b"3"),
+        symlink("absolute", "/"),
+        entry("absolute/escaped-4", b"4"),
+        hard_link("../escaped-5", "../../escaped-1"),
+        entry("device", kind=tarfile.CHRTYPE, devmajor=1, devminor=1, mode=0o666),
+    )
+    image = images.variant("wants-out", {"Cmd": ["true"]}, gzip_layer(tar))
+    await pull(client, image.reference)
+    script = "cat /escaped-1 /escaped-2 /escaped-3 /escaped-4 /escaped-5; cat /device || echo no"
+    done = await run(client, image.reference, "sh", "-c", script)
+    assert done.stdout == b"12341no\n"
+    for root in (machine.path("/"), machine.path("/storage"), Path("/")):
+        assert [path for path in root.iterdir() if path.name.startswith("escaped")] == []
+
+
+async def test_a_layer_that_links_to_what_it_does_not_have_is_refused_by_name(
+    client: AgentClient, images: Images
+) -> None:
+    tar = tarball(hard_link("shadow", "../../../etc/shadow"))
+    image = images.variant("links-out", {"Cmd": ["true"]}, gzip_layer(tar))
+    message = await pull_failure(client, image.reference)
+    assert image.layers[-1] in message
+    assert "it is a hard link to '../../../etc/shadow', which this layer does not have" in message
 
 
 async def test_an_absent_image_is_refused_in_the_registrys_own_words(

@@ -15,7 +15,9 @@ import pytest
 import trio
 
 from agent.images.layer_fetcher import LAYERS_AT_ONCE
+from agent.images.platform import local_platform
 from agent.images.progress import PullProgress
+from agent.images.reference import parse_reference
 from agent.images.registries import RegistrySettings
 from initramfs.local_registry import LocalRegistry
 from protocol.values import RegistryAuth
@@ -556,6 +558,29 @@ async def test_an_image_of_the_store_is_taken_where_the_registry_does_not_answer
     assert trio.current_time() - begun < 5
     [(_, frame)] = pulling.frames
     assert frame.message.startswith(f"{image.reference}: ")
+    assert frame.message.endswith("; taking the image in the store")
+
+
+@pytest.mark.parametrize("host", ["registry.invalid", "240.0.0.1:5000"])
+async def test_an_image_of_the_store_is_taken_where_there_is_no_resolver_or_no_route(
+    host: str, pulling: Pulling, server: MisbehavingRegistry
+) -> None:
+    server.add_image("latest", [noise("one")])
+    image = await pulling.pull(server.reference())
+    # As it would be called, had it been pulled while there was a way.
+    reference = parse_reference(f"{host}/test/image")
+    pulling.store.tag(
+        reference,
+        image.manifest_digest,
+        resolved=image.manifest_digest,
+        platform=str(local_platform()),
+    )
+    pulling.frames.clear()
+    with trio.fail_after(4):
+        found = await pulling.pull(str(reference))
+    assert found.config_digest == image.config_digest
+    [(_, frame)] = pulling.frames
+    assert frame.message.startswith(f"{reference}: ")
     assert frame.message.endswith("; taking the image in the store")
 
 

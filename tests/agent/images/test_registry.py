@@ -1,5 +1,6 @@
 """The registry's side of a pull: what is asked, what is believed, what is said when it fails."""
 
+import json
 import socket
 import ssl
 import threading
@@ -239,6 +240,24 @@ def test_credentials_are_given_to_a_registry_that_asks_for_them(
     with client_of(server, auth=AUTH) as client:
         client.get_manifest("latest")
     assert "Authorization" not in server.requests[0].headers
+
+
+def test_credentials_of_the_agents_own_home_are_not_used(
+    server: MisbehavingRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = server.address
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password geheim\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    (tmp_path / ".docker").mkdir()
+    auths = {"auths": {host: {"auth": "dXNlcjpnZWhlaW0="}}}
+    (tmp_path / ".docker" / "config.json").write_text(json.dumps(auths))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ORAS_USER", "user")
+    monkeypatch.setenv("ORAS_PASS", "geheim")
+    server.authorization, server.challenge = BASIC, 'Basic realm="registry"'
+    with client_of(server) as client, pytest.raises(RegistryError, match="it wants credentials"):
+        client.get_manifest("latest")
+    assert all("Authorization" not in request.headers for request in server.requests)
 
 
 def test_credentials_are_not_given_to_a_redirects_target(server: MisbehavingRegistry) -> None:
