@@ -561,7 +561,7 @@ async def test_an_image_of_the_store_is_taken_where_the_registry_does_not_answer
     assert frame.message.endswith("; taking the image in the store")
 
 
-@pytest.mark.parametrize("host", ["registry.invalid", "240.0.0.1:5000"])
+@pytest.mark.parametrize("host", ["registry.invalid", "255.255.255.255:5000"])
 async def test_an_image_of_the_store_is_taken_where_there_is_no_resolver_or_no_route(
     host: str, pulling: Pulling, server: MisbehavingRegistry
 ) -> None:
