@@ -20,8 +20,8 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # Debian packages: to build and boot the image, and what the tests need besides.
 RUN_PACKAGES := busybox-static ca-certificates cpio docker-registry mmdebstrap python3 \
 	python3-venv qemu-system-x86 skopeo umoci util-linux xz-utils
-TEST_PACKAGES := acl attr buildah catatonit crun e2fsprogs fdisk iproute2 libcap2-bin \
-	openssh-client procps strace zstd
+TEST_PACKAGES := acl attr bind9-dnsutils buildah catatonit crun dnsmasq-base e2fsprogs \
+	fdisk iproute2 libcap2-bin openssh-client procps strace zstd
 # What others pull images with, to be measured against.
 BENCH_PACKAGES := containerd podman
 

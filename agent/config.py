@@ -58,6 +58,8 @@ class AgentConfig:
     """Where the host's ports are unix sockets, PREFIX_PORT; else they are vsock's."""
     ssh_agent: bool = False
     """Whether the host's SSH agent is forwarded."""
+    dns_filter: bool = False
+    """Whether names are resolved by the host alone."""
     uplink: Uplink | None = None
     workload_memory: int | Literal["max"] | None = None
     """Bytes for all workloads together; this and the next two: by the VM's size where None."""
@@ -91,6 +93,7 @@ class AgentConfig:
             "log_level": _one_of(LOG_LEVELS, "INNKEEP_LOG", environ.get("INNKEEP_LOG", "INFO")),
             # As the smolvm launcher has it, whose guests are configured by environment alone.
             "ssh_agent": _switch("SMOLVM_SSH_AGENT", environ.get("SMOLVM_SSH_AGENT") or "0"),
+            "dns_filter": _switch("SMOLVM_DNS_FILTER", environ.get("SMOLVM_DNS_FILTER") or "0"),
         }
         if argv:
             return cls(in_image=False, **{**tools, **_from_arguments(argv)})
@@ -179,10 +182,16 @@ def _from_arguments(argv: Sequence[str]) -> dict[str, Any]:
         action="store_true",
         help="forward the host's SSH agent, at its port 6001, to /tmp/ssh-agent.sock",
     )
+    parser.add_argument(
+        "--dns-filter",
+        action="store_true",
+        help="serve DNS at 127.0.0.1:53, with what the host's port 6002 answers",
+    )
     parsed = parser.parse_args(argv)
     return {
         "host_sockets": parsed.host_sockets and parsed.host_sockets.absolute(),
         **({"ssh_agent": True} if parsed.ssh_agent else {}),
+        **({"dns_filter": True} if parsed.dns_filter else {}),
         "listen": parsed.listen,
         "storage_dir": parsed.storage.absolute(),
         "run_dir": parsed.run_dir.absolute(),
@@ -275,6 +284,7 @@ _WORDS: Mapping[str, tuple[str, Callable[[str, str], object]]] = {
     "vsock_peers": ("vsock_peers", _cids),
     "host_sockets": ("host_sockets", _absolute_path),
     "ssh_agent": ("ssh_agent", _switch),
+    "dns_filter": ("dns_filter", _switch),
     "workload_memory": ("workload_memory", _memory),
     "workload_pids": ("workload_pids", _processes),
     "command_pids": ("command_pids", _processes),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import attrs
 import trio
 
+from agent.bridges import Bridges, open_bridges
 from agent.config import AgentConfig
 from agent.errors import AgentError, cause_of, failing_as
 from agent.files.journal import Journal
@@ -26,9 +26,8 @@ from agent.images.overlay import Overlays
 from agent.images.puller import Puller
 from agent.images.registries import RegistrySettings
 from agent.images.registry_hosts import problems
-from agent.network import links, ssh_agent
+from agent.network import links
 from agent.network.host import Host
-from agent.processes.command import Bind
 from agent.processes.container import ContainerRuntime
 from agent.processes.limits import Limits
 from agent.processes.oom_protection import OomProtection
@@ -73,10 +72,7 @@ class Services:
     processes: Processes
     containers: ContainerRuntime
     standing: StandingContainers
-    environment: Mapping[str, str]
-    """What commands in the VM and in containers have, unless they are given another."""
-    sockets: Sequence[Bind]
-    """What every container has besides its mounts."""
+    bridges: Bridges
     roots: GuestRoots
     images: Gate[Images]
     shares: Shares = attrs.field(factory=Shares)
@@ -155,9 +151,9 @@ class Services:
         uplink = self.config.uplink
         try:
             if uplink is not None:
-                await trio.to_thread.run_sync(
-                    links.bring_up, uplink.address, uplink.gateway, uplink.nameservers
-                )
+                await trio.to_thread.run_sync(links.bring_up, uplink.address, uplink.gateway)
+                if uplink.nameservers and not self.config.dns_filter:
+                    await trio.to_thread.run_sync(links.use_nameservers, uplink.nameservers)
             self.network.open(None)
         except AgentError as error:
             log.error("network: %s", error.message)
@@ -215,14 +211,13 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
             trio.open_nursery() as nursery,
         ):
             host = Host(config.host_sockets, reachable=config.listen.startswith("vsock:"))
-            ssh_socket = _forward_ssh_agent(host, held, nursery) if config.ssh_agent else None
-            sockets = [] if ssh_socket is None else [Bind(ssh_socket, ssh_socket, gives_way=True)]
+            bridges = open_bridges(config, host, held, nursery)
             with failing_as(ErrorCode.INTERNAL_ERROR, f"take over {config.run_dir}"):
                 containers = ContainerRuntime.open(processes, config.run_dir, crun=config.crun)
                 standing = StandingContainers.open(containers, init=config.catatonit)
                 journal = Journal(config.run_dir / "uploads")
-            for socket in sockets:
-                await standing.renew(socket)
+            for bind in bridges.binds:
+                await standing.renew(bind)
             disk = Disk(
                 config.storage_dir,
                 config.storage_device,
@@ -236,8 +231,7 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
                 processes=processes,
                 containers=containers,
                 standing=standing,
-                environment={} if ssh_socket is None else {ssh_agent.VARIABLE: ssh_socket},
-                sockets=sockets,
+                bridges=bridges,
                 roots=GuestRoots(images, standing, disk.workspace, journal),
                 images=images,
             )
@@ -246,25 +240,6 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
             nursery.start_soon(services.bring_up_network)
             yield services
             nursery.cancel_scope.cancel()
-
-
-def _forward_ssh_agent(host: Host, held: ExitStack, nursery: trio.Nursery) -> str | None:
-    """Serve the socket of the host's SSH agent; its path, or None and a line in the log."""
-    try:
-        listener = held.enter_context(ssh_agent.listening())
-    except OSError as error:
-        log.error("ssh agent: %s", cause_of(error))
-        return None
-    nursery.start_soon(_kept_from_harm, "ssh agent", partial(ssh_agent.serve, listener, host))
-    return str(ssh_agent.SOCKET)
-
-
-async def _kept_from_harm(what: str, serve: Callable[[], Awaitable[None]]) -> None:
-    """A defect of one part is logged, and takes nothing else down."""
-    try:
-        await serve()
-    except Exception:
-        log.exception("%s: internal error", what)
 
 
 async def _bring_up_at_boot(services: Services) -> None:

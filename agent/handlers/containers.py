@@ -61,7 +61,7 @@ async def _run(
         user=request.user,
         binds=await _binds(request, services),
         privileged=not request.unprivileged,
-        defaults=services.environment,
+        defaults=services.bridges.environment,
     )
     command = _prepared(command, request.remote_volume_mount)
     # A container has the VM's network and name servers: they should be there by then.
@@ -186,7 +186,7 @@ async def _binds(request: requests.Run, services: Services) -> list[Bind]:
     if not workspace.is_displaced_by(binds):
         binds.insert(0, workspace)
     # After what they may be within.
-    return [*binds, *(bind for bind in services.sockets if not bind.is_displaced_by(binds))]
+    return [*binds, *(bind for bind in services.bridges.binds if not bind.is_displaced_by(binds))]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from protocol import AgentResponse, requests
 
 async def vm_exec(request: requests.VmExec, channel: Channel, services: Services) -> AgentResponse:
     command = Command.from_request(
-        request.command, request.env, request.workdir, defaults=services.environment
+        request.command, request.env, request.workdir, defaults=services.bridges.environment
     )
     timeout_s = seconds(request.timeout_ms)
     processes = services.processes

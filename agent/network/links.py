@@ -21,13 +21,8 @@ IFF_LOOPBACK = 0x8
 LIMIT_S = 60
 
 
-def bring_up(
-    interface: Interface,
-    gateway: Address | None,
-    nameservers: Sequence[Address],
-    resolv_conf: Path = RESOLV_CONF,
-) -> None:
-    """Give the VM's first network interface its address, a default route, and name servers.
+def bring_up(interface: Interface, gateway: Address | None) -> None:
+    """Give the VM's first network interface its address and a default route.
 
     Done already, it changes nothing, so that a restarted agent may call it again. Blocks.
 
@@ -52,8 +47,16 @@ def bring_up(
             check=True,
             timeout=LIMIT_S,
         )
-        if nameservers:
-            resolv_conf.write_text("".join(f"nameserver {server}\n" for server in nameservers))
+
+
+def use_nameservers(nameservers: Sequence[Address], resolv_conf: Path = RESOLV_CONF) -> None:
+    """Have names resolved by these, resolv.conf(5). Blocks.
+
+    Raises:
+        AgentError: INTERNAL_ERROR: the file cannot be written.
+    """
+    with failing_as(ErrorCode.INTERNAL_ERROR, "name the name servers"):
+        resolv_conf.write_text("".join(f"nameserver {server}\n" for server in nameservers))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What the agent makes of the words that it is started with."""
 
 import ipaddress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -133,17 +134,28 @@ def test_processes_are_counted_for_all_workloads_and_for_each_command() -> None:
     assert config.command_pids == 64
 
 
-def test_the_hosts_ssh_agent_is_forwarded_when_a_word_an_argument_or_the_launcher_says_so() -> None:
-    launcher = {"SMOLVM_SSH_AGENT": "1"}
-    assert not AgentConfig.from_boot("", {}, []).ssh_agent
-    assert AgentConfig.from_boot("innkeep.ssh_agent=1", {}, []).ssh_agent
-    assert AgentConfig.from_boot("", launcher, []).ssh_agent
-    assert not AgentConfig.from_boot("innkeep.ssh_agent=0", launcher, []).ssh_agent
-    assert not AgentConfig.from_boot("", {"SMOLVM_SSH_AGENT": ""}, []).ssh_agent
-    assert AgentConfig.from_boot("", {}, [*ARGUMENTS, "--ssh-agent"]).ssh_agent
-    assert AgentConfig.from_boot("", launcher, ARGUMENTS).ssh_agent
-    with pytest.raises(ConfigError, match="SMOLVM_SSH_AGENT=yes: expected 0 or 1"):
-        AgentConfig.from_boot("", {"SMOLVM_SSH_AGENT": "yes"}, [])
+@pytest.mark.parametrize("name", ["ssh_agent", "dns_filter"])
+def test_a_bridge_is_there_when_a_word_an_argument_or_the_launcher_says_so(name: str) -> None:
+    variable = f"SMOLVM_{name.upper()}"
+    argument = f"--{name.replace('_', '-')}"
+
+    def configured(
+        words: str = "", environ: Mapping[str, str] | None = None, argv: Sequence[str] = ()
+    ) -> bool:
+        value = getattr(AgentConfig.from_boot(words, environ or {}, argv), name)
+        assert isinstance(value, bool)
+        return value
+
+    assert not configured()
+    assert configured(f"innkeep.{name}=1")
+    assert configured(environ={variable: "1"})
+    assert not configured(f"innkeep.{name}=0", {variable: "1"})
+    assert not configured(environ={variable: ""})
+    assert not configured(argv=ARGUMENTS)
+    assert configured(argv=[*ARGUMENTS, argument])
+    assert configured(environ={variable: "1"}, argv=ARGUMENTS)
+    with pytest.raises(ConfigError, match=f"{variable}=yes: expected 0 or 1"):
+        configured(environ={variable: "yes"})
 
 
 def test_the_hosts_ports_are_vsocks_unless_a_path_is_given(

@@ -9,6 +9,8 @@ from pathlib import Path
 PACKAGES = {
     "busybox": "busybox-static",
     "crun": "crun",
+    "dig": "bind9-dnsutils",
+    "dnsmasq": "dnsmasq-base",
     "findmnt": "util-linux",
     "setfattr": "attr",
     "ssh-add": "openssh-client",

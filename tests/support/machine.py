@@ -20,6 +20,9 @@ PATIENCE_S = 30
 LOOPBACK_IN_VM = "10.0.2.2"  # what QEMU's user network calls this machine's loopback
 
 
+_IN_OWN_NETWORK = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+
+
 @frozen
 class Machine:
     """A booted image.
@@ -72,6 +75,11 @@ class Machine:
         user, system = stat.rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
+    @property
+    def enter_network(self) -> tuple[str, ...]:
+        """The words before a command of this machine that is to have the other's network."""
+        return ("nsenter", f"--net=/proc/{self.pid}/ns/net")
+
     def path(self, inside: str) -> Path:
         """A path of this machine for one that is `inside`. Only for machines of namespaces."""
         return Path(f"/proc/{self.init_pid()}/root") / inside.lstrip("/")
@@ -85,6 +93,7 @@ def booted(
     storage: Path | None = None,
     storage_mib: int | None = None,
     in_memory: bool = False,
+    in_own_network: bool = False,
     insecure_registries: Sequence[str] = (),
     options: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
@@ -93,6 +102,7 @@ def booted(
 
     `kind`, `options` and `env` are for `initramfs.boot`. With `storage_mib` the storage
     directory is a file system of that size, seen by the machine only; `in_memory` gives it none.
+    `in_own_network`: a machine of namespaces has a loopback of its own, and nothing else.
     Blocks until the agent has answered a ping. Raises CommandError with the end of the console
     where it does not.
     """
@@ -103,6 +113,7 @@ def booted(
         storage.mkdir(exist_ok=True)
     argv = [
         *(_on_small_disk(storage, storage_mib) if storage_mib is not None else ()),
+        *(_IN_OWN_NETWORK if in_own_network else ()),
         sys.executable,
         "-m",
         "initramfs.boot",

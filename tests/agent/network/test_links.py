@@ -6,14 +6,10 @@ from pathlib import Path
 
 SCRIPT = """
 import ipaddress, pathlib, sys
-from agent.network.links import bring_up
+from agent.network.links import bring_up, use_nameservers
 for _ in range(2):
-    bring_up(
-        ipaddress.ip_interface("10.0.2.15/24"),
-        ipaddress.ip_address("10.0.2.2"),
-        [ipaddress.ip_address("10.0.2.3")],
-        pathlib.Path(sys.argv[1]),
-    )
+    bring_up(ipaddress.ip_interface("10.0.2.15/24"), ipaddress.ip_address("10.0.2.2"))
+    use_nameservers([ipaddress.ip_address("10.0.2.3")], pathlib.Path(sys.argv[1]))
 """
 
 

@@ -1,0 +1,129 @@
+"""Names resolved by the host, in a machine whose network has nothing else."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from attrs import frozen
+
+from initramfs.local_registry import LocalRegistry
+from protocol.client import open_client
+from tests.support.commands import run as run_here
+from tests.support.crash import kill_agent
+from tests.support.execution import execute, pull, run, shell
+from tests.support.host_ports import HostPorts
+from tests.support.images import Images
+from tests.support.machine import Machine, booted
+from tests.support.name_server import Dig, filtered, name_server
+
+# Asks for that many names at once, and prints the names whose answer came, with its code.
+ASK = """
+import json, socket, struct, sys
+many = int(sys.argv[1])
+udp = socket.socket(type=socket.SOCK_DGRAM)
+udp.setsockopt(socket.SOL_SOCKET, 33, 4 << 20)  # SO_RCVBUFFORCE
+udp.connect(("127.0.0.1", 53))
+for number in range(many):
+    name = f"n{number}".encode()
+    question = bytes([len(name)]) + name + b"\\4test\\0" + struct.pack("!HH", 1, 1)
+    udp.send(struct.pack("!HHHHHH", number, 0x0100, 1, 0, 0, 0) + question)
+udp.settimeout(20)
+answers = {}
+while len(answers) < many:
+    answer = udp.recv(65535)
+    identity, flags = struct.unpack_from("!HH", answer)
+    answers[identity] = [flags & 0xF, socket.inet_ntoa(answer[-4:])]
+print(json.dumps(answers))
+"""
+
+
+@frozen
+class Filtering:
+    """A machine that asks its host, and an image in its store."""
+
+    machine: Machine
+    ports: HostPorts
+    image: str
+
+    @property
+    def dig(self) -> Dig:
+        return Dig(self.machine.enter_network)
+
+
+@pytest.fixture(scope="module")
+def filtering(
+    registry: LocalRegistry, images: Images, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Filtering]:
+    directory = tmp_path_factory.mktemp("filtering")
+    image = images.busybox.reference
+
+    async def pull_image(address: str) -> None:
+        async with open_client(address) as client:
+            await pull(client, image)
+
+    with booted(directory, insecure_registries=[registry.address]) as machine:
+        trio.run(pull_image, machine.address)
+    options = ["--append=innkeep.dns_filter=1"]
+    with booted(directory, in_own_network=True, options=options) as machine:
+        yield Filtering(machine, HostPorts(directory / "agent.sock"), image)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with name_server() as address:
+        yield address
+
+
+@pytest.fixture
+async def dig(filtering: Filtering, server: str) -> AsyncIterator[Dig]:
+    """Asks the machine's filter, whose host lets everything through."""
+    async with filtered(filtering.ports, server):
+        yield filtering.dig
+
+
+async def test_the_machine_and_its_containers_resolve_names_by_the_filter(
+    filtering: Filtering, dig: Dig
+) -> None:
+    async with open_client(filtering.machine.address) as client:
+        assert await shell(client, "cat /etc/resolv.conf") == "nameserver 127.0.0.1\n"
+        resolve = "import socket; print(socket.gethostbyname('a.test'))"
+        done = await execute(client, "python3", "-I", "-S", "-c", resolve)
+        assert done.stdout == b"192.0.2.1\n", done
+        done = await run(client, filtering.image, "nslookup", "a.test")
+        assert b"192.0.2.1" in done.stdout, done
+        done = await run(client, filtering.image, "nslookup", "nowhere.example")
+        assert b"NXDOMAIN" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("transport", ["+notcp", "+tcp"])
+async def test_dig_is_answered_on_port_53(dig: Dig, transport: str) -> None:
+    assert await dig.short("a.test", transport) == ["192.0.2.1"]
+    assert len(await dig.short("many.test", transport, "+bufsize=4096")) == 120
+
+
+async def test_a_thousand_queries_at_once_are_all_answered(
+    filtering: Filtering, dig: Dig, tmp_path: Path
+) -> None:
+    script = tmp_path / "ask.py"
+    script.write_text(ASK)
+    argv = (*filtering.machine.enter_network, "python3", script, "1000")
+    printed = await trio.to_thread.run_sync(partial(run_here, *argv))
+    answers = json.loads(printed)
+    assert len(answers) == 1000
+    assert all(answer == [0, "192.0.2.1"] for answer in answers.values())
+
+
+async def test_without_a_filter_on_the_host_names_fail_at_once(filtering: Filtering) -> None:
+    assert "status: SERVFAIL" in await filtering.dig("a.test", "+tries=1")
+    assert "status: SERVFAIL" in await filtering.dig("a.test", "+tcp", "+tries=1")
+
+
+async def test_the_next_agent_serves_after_ones_death(filtering: Filtering, dig: Dig) -> None:
+    await kill_agent(filtering.machine)
+    async with open_client(filtering.machine.address) as client:
+        await shell(client, "true")
+    assert await dig.short("a.test", "+notcp") == ["192.0.2.1"]
+    assert await dig.short("a.test", "+tcp") == ["192.0.2.1"]
