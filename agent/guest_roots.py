@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from agent.errors import AgentError, cause_of, failing_as
-from agent.files.guest_path import GuestPath, GuestRoot
+from agent.files.guest_path import GuestPath, GuestRoot, closing
 from agent.files.journal import Journal, Note
 from agent.files.reception import in_thread
 from agent.files.temporary import Site
@@ -99,7 +99,7 @@ class GuestRoots:
         if container is not None:
             with ExitStack() as stack:
                 try:
-                    root = stack.enter_context(GuestRoot.opened(f"/proc/{container.pid}/root"))
+                    root = stack.enter_context(_root_of(container.pid))
                 except OSError:
                     if not container.has_ended:
                         raise
@@ -169,6 +169,16 @@ class GuestRoots:
             return None
         # What was written lies there, and under the names that it has in the overlay.
         return stack.enter_context(mounted_view(upper, {_WORKSPACE: self._workspace}))
+
+
+@contextmanager
+def _root_of(pid: int) -> Iterator[GuestRoot]:
+    """What a process sees as its root, in the mount namespace that it is in. Raises OSError."""
+    with (
+        GuestRoot.opened(f"/proc/{pid}/root") as root,
+        closing(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)) as namespace,
+    ):
+        yield GuestRoot(root.descriptor, namespace)
 
 
 def _cleaned(site: Site) -> Site:

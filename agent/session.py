@@ -44,7 +44,9 @@ CAPABILITIES = (
     "file-range-v1",
     "file-digest-v1",
     "file-resume-v1",
+    "file-mtime-v1",
     "file-tree-v1",
+    "tar-stream-v1",
 )
 """What this agent can do beyond protocol.rs; docs/protocol.md says what each one means."""
 

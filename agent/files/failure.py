@@ -18,10 +18,14 @@ _HINTS = {
 
 
 @contextmanager
-def failing_on(doing: str, path: GuestPath) -> Iterator[None]:
-    """Translate OSError into FILE_IO_FAILED, "doing path: cause"."""
+def failing_on(
+    doing: str, path: GuestPath, *, missing: ErrorCode = ErrorCode.FILE_IO_FAILED
+) -> Iterator[None]:
+    """Translate OSError into FILE_IO_FAILED, "doing path: cause"; ``missing`` is the code for what
+    is not there, where requests that only newer hosts send tell it from the rest."""
     try:
         yield
     except OSError as error:
         cause = _HINTS.get(error.errno or 0) or error.strerror or str(error)
-        raise AgentError(ErrorCode.FILE_IO_FAILED, f"{doing} {path}: {cause}") from error
+        code = missing if isinstance(error, FileNotFoundError) else ErrorCode.FILE_IO_FAILED
+        raise AgentError(code, f"{doing} {path}: {cause}") from error

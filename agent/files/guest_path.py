@@ -126,6 +126,8 @@ class GuestRoot:
 
     descriptor: int
     """Of the directory itself; O_PATH is enough."""
+    namespace: int | None = None
+    """Of the mount namespace that it is in, where that is not the agent's own."""
 
     @classmethod
     @contextmanager

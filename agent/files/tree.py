@@ -14,6 +14,7 @@ import attrs
 from agent.files.failure import failing_on
 from agent.files.guest_path import GuestPath, GuestRoot, Owner, closing
 from agent.files.quota import within_quotas
+from protocol.errors import ErrorCode
 from protocol.values import FileEntry, FileInfo
 
 MOST_ENTRIES = 10_000
@@ -50,7 +51,10 @@ def describe(root: GuestRoot, path: GuestPath, *, follow: bool) -> FileInfo:
         flags |= os.O_DIRECTORY
     elif not follow:
         flags |= os.O_NOFOLLOW
-    with failing_on("look at", path), closing(root.open(path, flags)) as found:
+    with (
+        failing_on("look at", path, missing=ErrorCode.NOT_FOUND),
+        closing(root.open(path, flags)) as found,
+    ):
         return _info(os.fstat(found), lambda: os.readlink("", dir_fd=found))
 
 
@@ -60,7 +64,10 @@ def listed(root: GuestRoot, path: GuestPath, *, after: str | None, limit: int) -
     Raises:
         AgentError: FILE_IO_FAILED.
     """
-    with failing_on("list", path), closing(root.open_directory(path)) as directory:
+    with (
+        failing_on("list", path, missing=ErrorCode.NOT_FOUND),
+        closing(root.open_directory(path)) as directory,
+    ):
         with os.scandir(directory) as entries:
             names = ((_readable(entry.name), entry.name) for entry in entries)
             behind = (name for name in names if after is None or name[0] > after)
@@ -104,7 +111,7 @@ def remove(
     Raises:
         AgentError: FILE_IO_FAILED.
     """
-    with failing_on("remove", path):
+    with failing_on("remove", path, missing=ErrorCode.NOT_FOUND):
         try:
             parent = root.open_directory(path.parent)
         except FileNotFoundError:

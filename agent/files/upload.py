@@ -23,6 +23,7 @@ DEFAULT_MODE = 0o644
 
 _MODE_BITS = 0o7777
 _SHA256 = re.compile("[0-9a-f]{64}")
+_SECOND_NS = 1_000_000_000
 _REHASHED_BYTES = 1024 * 1024
 
 
@@ -38,6 +39,8 @@ class Plan:
     has_digest: bool = False
     """Whether the digest is asked for."""
     is_resumable: bool = False
+    mtime_ns: int | None = None
+    """When it was modified, since 1970; None for when it is written."""
 
     @classmethod
     def of(
@@ -51,6 +54,8 @@ class Plan:
         sha256: str | None = None,
         digest: bool = False,
         resume: bool = False,
+        mtime_s: int | None = None,
+        mtime_ns: int | None = None,
     ) -> Plan:
         """What a request asks for; of ``mode`` the permission bits count.
 
@@ -80,6 +85,7 @@ class Plan:
             sha256=sha256,
             has_digest=digest,
             is_resumable=resume,
+            mtime_ns=_since_1970(mtime_s, mtime_ns),
         )
 
     @property
@@ -176,6 +182,8 @@ class Upload:
             file = self._temporary.file
             plan.owner.own(file)
             os.fchmod(file, plan.mode)
+            if plan.mtime_ns is not None:
+                os.utime(file, ns=(plan.mtime_ns, plan.mtime_ns))
             os.fsync(file)
             directory, made = self._site.root.make_directory(plan.path.parent, plan.owner)
             with closing(directory):
@@ -226,6 +234,20 @@ class Upload:
                 self._sha256.update(block)
                 self.received += len(block)
         _refuse_without_room(self._directory, self._plan.size - self.received)
+
+
+def _since_1970(seconds: int | None, nanoseconds: int | None) -> int | None:
+    """A time as a request gives it, in nanoseconds. Raises AgentError: INVALID_REQUEST."""
+    if seconds is None and nanoseconds is None:
+        return None
+    if seconds is None:
+        raise AgentError(ErrorCode.INVALID_REQUEST, "mtime_ns: needs mtime_s beside it")
+    beside = nanoseconds or 0
+    if beside >= _SECOND_NS:
+        raise AgentError(
+            ErrorCode.INVALID_REQUEST, f"mtime_ns: expected 0 to {_SECOND_NS - 1}, got {beside}"
+        )
+    return seconds * _SECOND_NS + beside
 
 
 def _temporary(plan: Plan, site: Site, directory: int) -> Nameless | Hidden:

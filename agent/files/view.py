@@ -45,7 +45,8 @@ def mounted_view(directory: Path, binds: Mapping[GuestPath, Path]) -> Iterator[G
     try:
         if failures:
             raise failures[0]
-        yield GuestRoot(opened[-1])
+        namespace, directory_in_it = opened
+        yield GuestRoot(directory_in_it, namespace)
     finally:
         for descriptor in reversed(opened):
             os.close(descriptor)

@@ -14,6 +14,7 @@ from agent.handlers.images import export_layer, garbage_collect, list_images, pu
 from agent.handlers.machine import format_storage, shutdown, storage_status
 from agent.handlers.overlays import cleanup_overlay, prepare_overlay
 from agent.handlers.processes import vm_exec
+from agent.handlers.tar_streams import tar_read, tar_write
 from agent.services import Services
 from protocol import AgentResponse, requests
 from protocol.errors import ErrorCode
@@ -55,7 +56,7 @@ HANDLERS: Mapping[type, Handler] = {
     requests.FileList: file_list,
     requests.FileRemove: file_remove,
     requests.FileMkdir: file_mkdir,
-    requests.TarWrite: unsupported("tar_write"),
-    requests.TarRead: unsupported("tar_read"),
+    requests.TarWrite: tar_write,
+    requests.TarRead: tar_read,
     requests.FlattenLayers: unsupported("flatten_layers"),
 }

@@ -61,7 +61,7 @@ async def converse(
             await started()
     if timeout_s is not None:
         timeout_s = max(0.0, timeout_s - (trio.current_time() - asked_at))
-    with _a_cancellation_is_all():
+    with a_cancellation_is_all():
         outcome = await attach(
             process,
             partial(_send, channel),
@@ -74,7 +74,7 @@ async def converse(
 
 
 @contextmanager
-def _a_cancellation_is_all() -> Iterator[None]:
+def a_cancellation_is_all() -> Iterator[None]:
     """Let nothing pass beside a cancellation: the peer has hung up, so whoever was sending or
     receiving at that moment failed as well, and nobody is left to be told."""
     try:

@@ -28,6 +28,8 @@ async def file_write(
         gid=request.gid,
         sha256=request.sha256,
         digest=request.digest,
+        mtime_s=request.mtime_s,
+        mtime_ns=request.mtime_ns,
     )
     async with services.roots.opened(request.persistent_overlay_id) as site:
         return _done(plan, await in_thread(_write, plan, site, request.data))
@@ -45,6 +47,8 @@ async def file_write_begin(
         sha256=request.sha256,
         digest=request.digest,
         resume=request.resume,
+        mtime_s=request.mtime_s,
+        mtime_ns=request.mtime_ns,
     )
     try:
         async with (
@@ -54,7 +58,7 @@ async def file_write_begin(
             await channel.send(
                 responses.Ok({"offset": reception.offset} if request.resume else None)
             )
-            while (chunk := await _next_chunk(channel)) is not None:
+            while (chunk := await next_chunk(channel)) is not None:
                 await reception.take(chunk.data)
                 if chunk.done:
                     return _done(plan, await reception.finish())
@@ -115,7 +119,7 @@ def _done(plan: Plan, written: Written) -> responses.Ok:
     return responses.Ok({"sha256": written.sha256, "size": written.size})
 
 
-async def _next_chunk(channel: Channel) -> requests.FileWriteChunk | None:
+async def next_chunk(channel: Channel) -> requests.FileWriteChunk | None:
     """The next one, or None: something else came, or nothing more will."""
     kinds = (requests.FileWriteChunk, requests.Stdin, requests.Resize)
     while (message := await channel.follow_up(*kinds)) is not None:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,21 @@ def test_a_file_is_described_as_lstat_has_it(site: Site, directory: Path) -> Non
         mtime_s=-2,
         mtime_ns=500_000_000,
     )
+
+
+@pytest.mark.parametrize("ask", [describe, listed, remove])
+def test_what_is_not_there_is_told_from_all_else(
+    site: Site, directory: Path, ask: Callable[[Site, str], object]
+) -> None:
+    (directory / "file").touch()
+    for path, code in (
+        ("/missing", ErrorCode.NOT_FOUND),
+        ("/missing/below", ErrorCode.NOT_FOUND),
+        ("/file/below", ErrorCode.FILE_IO_FAILED),
+    ):
+        with pytest.raises(AgentError) as refusal:
+            ask(site, path)
+        assert refusal.value.code is code
 
 
 def test_a_link_is_described_itself_unless_it_is_to_be_followed(

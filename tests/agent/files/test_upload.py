@@ -67,6 +67,25 @@ def test_a_file_has_the_mode_and_owner_that_were_asked_for(site: Site, directory
     assert facts(directory / "file") == (NEW, 0o4750, 1000, 1001)
 
 
+@pytest.mark.parametrize("when", [0, 1_600_000_000_123_456_789, -1, 2**61])
+def test_a_file_has_the_time_that_was_asked_for(site: Site, directory: Path, when: int) -> None:
+    seconds, nanoseconds = divmod(when, 10**9)
+    write(site, mtime_s=seconds, mtime_ns=nanoseconds)
+    assert (directory / "file").stat().st_mtime_ns == when
+    write(site, mtime_s=seconds)
+    assert (directory / "file").stat().st_mtime_ns == seconds * 10**9
+
+
+def test_a_time_beyond_what_the_file_system_has_is_its_last(site: Site, directory: Path) -> None:
+    write(site, mtime_s=2**63 - 1)
+    assert (directory / "file").read_bytes() == NEW
+
+
+@pytest.mark.parametrize("fields", [{"mtime_ns": 1}, {"mtime_s": 1, "mtime_ns": 10**9}])
+def test_what_is_no_time_is_refused(site: Site, fields: dict[str, int]) -> None:
+    refused(ErrorCode.INVALID_REQUEST, "mtime_ns", site, **fields)
+
+
 def test_an_empty_file_is_a_file(site: Site, directory: Path) -> None:
     write(site, b"")
     assert (directory / "file").read_bytes() == b""
