@@ -4,7 +4,52 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import attrs
+
+
+@attrs.frozen
+class Naming:
+    """A file that is written, and the name that it gets in the same file system."""
+
+    source: Path
+    target: Path
+
+
+def publish(groups: Sequence[Sequence[Naming]]) -> list[OSError | None]:
+    """Let all files have their names, those of a group all or none of them; the failures of each.
+
+    All are synced before any is renamed, and then each directory once: a sync waits for the file
+    system's journal, and the next one finds that done, so that many cost little more than one.
+    """
+    failures: list[OSError | None] = [None] * len(groups)
+
+    @contextmanager
+    def failing(*numbers: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            for number in numbers:
+                failures[number] = error
+
+    for number, group in enumerate(groups):
+        with failing(number):
+            for naming in group:
+                sync_file(naming.source)
+    directories: dict[Path, list[int]] = {}
+    for number, group in enumerate(groups):
+        if failures[number] is None:
+            with failing(number):
+                for naming in group:
+                    naming.source.replace(naming.target)
+                    directories.setdefault(naming.target.parent, []).append(number)
+    for directory, numbers in directories.items():
+        with failing(*numbers):
+            sync_directory(directory)
+    return failures
 
 
 def write_atomically(path: Path, data: bytes, temporary_dir: Path) -> None:

@@ -16,13 +16,19 @@ import hashlib
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
 import orjson
 
-from agent.images.atomic_file import sync_directory, write_atomically, write_temporary
-from agent.images.group_commit import GroupCommit, Naming
+from agent.images.atomic_file import (
+    Naming,
+    publish,
+    sync_directory,
+    write_atomically,
+    write_temporary,
+)
 from agent.images.manifest import DIGEST
 from agent.images.partial_blob import PartialBlob
 
@@ -35,6 +41,25 @@ class UnpackedLayer:
 
     diff_id: str = attrs.field(validator=attrs.validators.matches_re(DIGEST.pattern))
     size: int = attrs.field(validator=attrs.validators.instance_of(int))
+
+
+@attrs.frozen
+class WholeLayer:
+    """A layer that is whole and verified, and lacks nothing but its files' names.
+
+    ``blob`` is None where it has its name. Without its name a blob is still the beginning of one;
+    ``files`` are of no use then, and whoever cannot add the layer calls ``drop``.
+    """
+
+    digest: str
+    unpacked: UnpackedLayer
+    files: tuple[Naming, ...]
+    blob: Naming | None
+
+    def drop(self) -> None:
+        """Remove those of the files that have no name."""
+        for naming in self.files:
+            naming.source.unlink(missing_ok=True)
 
 
 class BlobStore:
@@ -50,7 +75,6 @@ class BlobStore:
         self._ingest = directory / "ingest"
         self._records = directory / "unpacked"
         self._lock = threading.Lock()
-        self._commit = GroupCommit()
         self._distrusted: set[str] = set()
         for path in (self._blobs, self._ingest, self._records):
             path.mkdir(parents=True, exist_ok=True)
@@ -118,17 +142,25 @@ class BlobStore:
         """What is known of the tar inside a layer's blob."""
         return self._unpacked.get(digest)
 
-    def add_layer(self, digest: str, layer: UnpackedLayer, *parts: Naming) -> None:
-        """Remember what unpacking a layer's blob told; `parts` of the layer get their names too."""
-        record = self._records / _hex(digest)
-        written = write_temporary(orjson.dumps(attrs.asdict(layer)), self._ingest)
-        try:
-            self._commit.publish((*parts, Naming(written, record)))
-        finally:
-            written.unlink(missing_ok=True)
+    def whole_layer(
+        self, digest: str, unpacked: UnpackedLayer, *files: Naming, blob: Naming | None = None
+    ) -> WholeLayer:
+        """A layer for `add_layers`, with a record of what unpacking its blob told."""
+        record = write_temporary(orjson.dumps(attrs.asdict(unpacked)), self._ingest)
+        files = (*files, Naming(record, self._records / _hex(digest)))
+        return WholeLayer(digest, unpacked, files, blob)
+
+    def add_layers(self, layers: Sequence[WholeLayer]) -> list[OSError | None]:
+        """Let layers be in the store, all or nothing of each; what failed for each, if anything."""
+        failures = publish(
+            [(*layer.files, *([layer.blob] if layer.blob else ())) for layer in layers]
+        )
         with self._lock:
-            self._unpacked[digest] = layer
-            self._distrusted.discard(digest)
+            for layer, failure in zip(layers, failures, strict=True):
+                if failure is None:
+                    self._unpacked[layer.digest] = layer.unpacked
+                    self._distrusted.discard(layer.digest)
+        return failures
 
     def discard(self, digest: str) -> None:
         """Remove a blob, its record and its partial; no image and no pull uses them any more."""

@@ -1,94 +1,60 @@
-"""Giving whole files their names, so that a power loss finds each there whole or not at all."""
+"""Tasks that finish together have what they made put on the disk together."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import attrs
+import trio
 
-from agent.images.atomic_file import sync_directory, sync_file
-
-
-@attrs.frozen
-class Naming:
-    """A file that is written, and the name that it gets in the same file system."""
-
-    source: Path
-    target: Path
+from agent.images.blob_store import WholeLayer
 
 
 @attrs.define(eq=False)
 class _Request:
-    namings: Sequence[Naming]
+    layer: WholeLayer
     is_done: bool = False
-    error: OSError | None = None
+    failure: OSError | None = None
 
 
 class GroupCommit:
-    """Syncs and renames files, those of all threads that ask for it meanwhile at once.
+    """Hands layers to `commit` in a worker thread: one group at a time, of all that have come
+    while the one before was on its way. For trio tasks.
 
-    Each sync waits for the file system's journal, and one such wait serves all that was written
-    before it: for forty small layers that is nearly all of their time.
+    ``commit`` answers with a failure or None for each layer. A disk takes hardly longer for many
+    than for one, and forty small layers, each by itself, wait for the disk most of their time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, commit: Callable[[Sequence[WholeLayer]], Sequence[OSError | None]]) -> None:
+        self._commit = commit
         self._queue: list[_Request] = []
-        self._queueing = threading.Lock()
-        self._committing = threading.Lock()
+        self._committing = trio.Lock()
 
-    def publish(self, namings: Sequence[Naming]) -> None:
-        """Return when the files have their names and both are on the disk.
+    async def add(self, layer: WholeLayer) -> None:
+        """Return when the layer is in the store.
 
         Raises:
-            OSError: one cannot be synced or renamed; those before it may have their names.
+            OSError: it cannot be.
+            trio.Cancelled: and then it may be, or not.
         """
-        request = _Request(namings)
-        with self._queueing:
-            self._queue.append(request)
-        with self._committing:
-            # Whoever had the lock before may have seen to ours.
-            if not request.is_done:
-                with self._queueing:
-                    group, self._queue = self._queue, []
-                _commit(group)
-        if request.error is not None:
-            raise request.error
+        request = _Request(layer)
+        self._queue.append(request)
+        try:
+            async with self._committing:
+                # Whoever had the lock before may have seen to ours.
+                if not request.is_done:
+                    await self._commit_queue()
+        finally:
+            if request in self._queue:
+                self._queue.remove(request)
+        if request.failure is not None:
+            raise request.failure
 
-
-def _commit(group: Sequence[_Request]) -> None:
-    """Sync all files before any is renamed, and then the directories, once each."""
-    for request in group:
-        with _failing(request):
-            for naming in request.namings:
-                sync_file(naming.source)
-    directories: dict[Path, list[_Request]] = {}
-    for request in group:
-        with _failing(request):
-            _rename_all(request)
-            for naming in request.namings:
-                directories.setdefault(naming.target.parent, []).append(request)
-    for directory, requests in directories.items():
-        with _failing(*requests):
-            sync_directory(directory)
-    for request in group:
-        request.is_done = True
-
-
-def _rename_all(request: _Request) -> None:
-    if request.error is not None:
-        raise request.error
-    for naming in request.namings:
-        naming.source.replace(naming.target)
-
-
-@contextmanager
-def _failing(*requests: _Request) -> Iterator[None]:
-    """What fails is for those to know who asked for it, and for nobody else."""
-    try:
-        yield
-    except OSError as error:
-        for request in requests:
-            request.error = error
+    async def _commit_queue(self) -> None:
+        group, self._queue = self._queue, []
+        layers = [request.layer for request in group]
+        # The others are not to suffer from the cancellation of this one's task.
+        with trio.CancelScope(shield=True):
+            failures = await trio.to_thread.run_sync(self._commit, layers)
+        for request, failure in zip(group, failures, strict=True):
+            request.is_done, request.failure = True, failure

@@ -20,9 +20,9 @@ from pathlib import Path
 import attrs
 
 from agent.errors import cause_of
+from agent.images.atomic_file import Naming
 from agent.images.decompression import Decompression, DecompressionError
 from agent.images.erofs import Marks, append_marks, detached_mount, read_marks
-from agent.images.group_commit import Naming
 from agent.images.manifest import DIGEST
 from agent.images.mkfs_erofs import MkfsErofs, MkfsError, end_orphan
 from agent.images.tar_header import TarError
@@ -90,6 +90,7 @@ class LayerStore:
         )
         os.close(descriptor)
         partial = Path(name)
+        is_finished = False
         try:
             with _telling(diff_id):
                 build = LayerBuild(
@@ -102,10 +103,12 @@ class LayerStore:
                 )
             try:
                 yield build
+                is_finished = build.is_finished
             finally:
                 build.close()
         finally:
-            partial.unlink(missing_ok=True)
+            if not is_finished:
+                partial.unlink(missing_ok=True)
 
     def remove(self, diff_id: str) -> int:
         """Forget a layer; the bytes that this frees, now or when it is unmounted."""
@@ -179,7 +182,7 @@ class LayerStore:
 
 @attrs.frozen
 class BuiltLayer:
-    """The length of a layer's tar, and its files, to be published while its build is open."""
+    """The length of a layer's tar, and its files, which lack nothing but their names."""
 
     tar_bytes: int
     files: tuple[Naming, ...]
@@ -206,6 +209,8 @@ class LayerBuild:
         self._rewriter = TarRewriter()
         self._sha256 = hashlib.sha256()
         self._tar_bytes = 0
+        self.is_finished = False
+        """Whether there is a `BuiltLayer`, whose files are the caller's."""
 
     def write(self, data: bytes) -> None:
         """The blob's next bytes; blocks while the disk is behind.
@@ -236,6 +241,7 @@ class LayerBuild:
             with closing(detached_mount(self._partial)) as root:
                 tree.compare(root)
             append_marks(self._partial, Marks(tree.implied(), tree.root.opaque))
+        self.is_finished = True
         return BuiltLayer(self._tar_bytes, (Naming(self._partial, self._image),))
 
     def interrupt(self) -> None:

@@ -9,8 +9,10 @@ import attrs
 import trio
 
 from agent.errors import cause_of
+from agent.images.blob_store import WholeLayer
 from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore
+from agent.images.group_commit import GroupCommit
 from agent.images.layer import LayerError, LayerStore
 from agent.images.layer_transfer import DamagedBlob, LayerTransfer, is_full_disk
 from agent.images.manifest import InvalidManifest
@@ -44,6 +46,11 @@ class LayerFetcher:
     store: ContentStore
     layers: LayerStore
     claims: LayerClaims
+    _commit: GroupCommit = attrs.field(init=False)
+
+    @_commit.default
+    def _make_commit(self) -> GroupCommit:
+        return GroupCommit(self.store.blobs.add_layers)
 
     async def fetch(
         self,
@@ -102,9 +109,13 @@ class LayerFetcher:
                 )
                 running.add(transfer)
                 try:
-                    await trio.to_thread.run_sync(self._bring, layer, transfer, limiter=limiter)
+                    whole = await trio.to_thread.run_sync(
+                        self._bring, layer, transfer, limiter=limiter
+                    )
                 finally:
                     running.remove(transfer)
+                if whole is not None:
+                    await self._add(whole)
         except (RegistryError, DamagedBlob, LayerError, InvalidManifest, OSError) as error:
             if is_full_disk(error):
                 raise DiskFullError(
@@ -113,10 +124,17 @@ class LayerFetcher:
             raise LayerFetchError(f"layer {layer.digest}: {cause_of(error)}") from error
         meter.finish(layer.digest)
 
-    def _bring(self, layer: WantedLayer, transfer: LayerTransfer) -> None:
+    def _bring(self, layer: WantedLayer, transfer: LayerTransfer) -> WholeLayer | None:
         # Another pull may have brought it while this one waited.
-        if not self._is_present(layer):
-            transfer.run()
+        return None if self._is_present(layer) else transfer.run()
+
+    async def _add(self, layer: WholeLayer) -> None:
+        try:
+            await self._commit.add(layer)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(layer.drop)
+            raise
 
     def _find_lacking(self, wanted: Iterable[WantedLayer]) -> dict[WantedLayer, bool]:
         """Those of the layers, each once, for which something is to be done, and whether it is

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from agent.images.blob_store import BlobStore, UnpackedLayer
-from agent.images.group_commit import Naming
+from agent.images.atomic_file import Naming
+from agent.images.blob_store import BlobStore, UnpackedLayer, WholeLayer
 from agent.images.layer import BuiltLayer, LayerBuild, LayerError, LayerStore
 from agent.images.partial_blob import PartialBlob
 from agent.images.persistence import Persistence
@@ -57,8 +57,8 @@ class LayerTransfer:
         self._build: LayerBuild | None = None
         self._persistence = Persistence(retry.PULL)
 
-    def run(self) -> None:
-        """Return when the blob, its EROFS image and its record are in the store.
+    def run(self) -> WholeLayer:
+        """Return when the blob, its EROFS image and its record only lack their names.
 
         A blob that is complete is not fetched, and one that an earlier pull got a part of is
         fetched from there on. What is there of it stays for the next pull, unless it is of no
@@ -72,20 +72,17 @@ class LayerTransfer:
         """
         if self._blobs.has(self._layer.digest, self._layer.size):
             try:
-                self._rebuild()
+                return self._rebuild()
             except (DamagedBlob, LayerError):
                 if self._blobs.is_intact(self._layer.digest):
                     raise
                 # It was verified once; then the disk is to blame, and a fetched one is as good.
                 self._blobs.discard(self._layer.digest)
-            else:
-                return
         while True:
             try:
-                self._fetch()
+                return self._fetch()
             except _BadSource:
                 continue  # which is gone now, so that there is an end
-            return
 
     def interrupt(self) -> None:
         """Let another thread's `run` fail soon, also where one block is long in unpacking."""
@@ -103,7 +100,7 @@ class LayerTransfer:
             finally:
                 self._build = None
 
-    def _fetch(self) -> None:
+    def _fetch(self) -> WholeLayer:
         layer = self._layer
         with self._blobs.open_partial(layer.digest) as partial, self._building() as build:
             stream = _Stream(layer, build, self._on_position)
@@ -121,7 +118,7 @@ class LayerTransfer:
                     # Perhaps only what was there before was no good.
                     raise _BadSource from error
                 raise
-            self._add(built, partial.whole())
+            return self._whole(built, partial.whole())
 
     def _download(self, partial: PartialBlob, stream: _Stream) -> None:
         """Get what is missing, in as many requests as it takes and the policy allows."""
@@ -157,19 +154,19 @@ class LayerTransfer:
                 f"body ended after {stream.position} of {size} bytes", transient=True
             )
 
-    def _rebuild(self) -> None:
+    def _rebuild(self) -> WholeLayer:
         """Make the EROFS image, which is missing, from the blob, which is not."""
         layer = self._layer
         with self._blobs.path(layer.digest).open("rb") as blob, self._building() as build:
             stream = _Stream(layer, build, self._on_position)
             while block := blob.read(_BLOCK):
                 stream.feed(block)
-            self._add(stream.finish())
+            return self._whole(stream.finish())
 
-    def _add(self, built: BuiltLayer, *blob: Naming) -> None:
+    def _whole(self, built: BuiltLayer, blob: Naming | None = None) -> WholeLayer:
         layer = self._layer
         unpacked = UnpackedLayer(layer.diff_id, built.tar_bytes)
-        self._blobs.add_layer(layer.digest, unpacked, *built.files, *blob)
+        return self._blobs.whole_layer(layer.digest, unpacked, *built.files, blob=blob)
 
 
 class _Stream:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from agent.images.group_commit import Naming
+from agent.images.atomic_file import Naming
 
 _BLOCK = 1 << 20
 

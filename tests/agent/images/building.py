@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import orjson
 
+from agent.images.atomic_file import publish
 from agent.images.blob_store import UnpackedLayer
 from agent.images.content_store import ContentStore, StoredImage, StoredLayer
-from agent.images.group_commit import GroupCommit
 from agent.images.layer import LayerStore
 from agent.images.manifest import OCI_CONFIG, OCI_MANIFEST
 from agent.images.reference import parse_reference
@@ -35,7 +35,7 @@ def build(
             build.write(data[start : start + (1 << 20)])
         built = build.finish()
         assert built.tar_bytes == len(tar)
-        GroupCommit().publish(built.files)
+    assert publish([built.files]) == [None]
     return diff_id
 
 
@@ -67,7 +67,8 @@ def stored_image(
         with store.blobs.open_partial(layer.digest) as partial:
             partial.append(layer.blob[partial.size :])
             unpacked = UnpackedLayer(layer.diff_id, len(tar))
-            store.blobs.add_layer(layer.digest, unpacked, partial.whole())
+            whole = store.blobs.whole_layer(layer.digest, unpacked, blob=partial.whole())
+        assert store.blobs.add_layers([whole]) == [None]
         layers.mount(layer.digest, layer.diff_id)
         descriptors.append(
             {"mediaType": layer.media_type, "digest": layer.digest, "size": len(layer.blob)}

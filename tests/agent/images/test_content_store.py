@@ -49,7 +49,8 @@ def add_layer(store: ContentStore, layer: LayerBlob, tar_bytes: int = 1000) -> N
     with store.blobs.open_partial(layer.digest) as partial:
         partial.append(layer.blob)
         unpacked = UnpackedLayer(layer.diff_id, tar_bytes)
-        store.blobs.add_layer(layer.digest, unpacked, partial.whole())
+        whole = store.blobs.whole_layer(layer.digest, unpacked, blob=partial.whole())
+    assert store.blobs.add_layers([whole]) == [None]
 
 
 def add_manifest(
