@@ -9,7 +9,7 @@ import typer
 from rich.filesize import decimal
 
 from protocol import decode_value, requests, responses
-from protocol.cli import execution, output
+from protocol.cli import copy, execution, output
 from protocol.cli.arguments import CommandAfterImage, CommandAfterOptions
 from protocol.cli.connection import AGENT_ERRORS, CommandFailed, Settings, converse, settings_of
 from protocol.cli.execution import PullPolicy
@@ -297,6 +297,42 @@ def exec_command(
         background=background,
     )
     return execution.execute(settings_of(context), request)
+
+
+@app.command(name="cp")
+def copy_command(
+    context: typer.Context,
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A path here, vm:PATH, or - for standard input.")
+    ],
+    destination: Annotated[
+        str,
+        typer.Argument(
+            metavar="DESTINATION", help="vm:PATH, a path here, or - for standard output."
+        ),
+    ],
+    overlay: Annotated[
+        str | None,
+        typer.Option(
+            "--overlay", metavar="ID", help="The VM's paths are those of this persistent overlay."
+        ),
+    ] = None,
+    archive: Annotated[
+        bool, typer.Option("-a", "--archive", help="Keep owners, and set-user-ID with them.")
+    ] = False,
+    follow_link: Annotated[
+        bool,
+        typer.Option("-L", "--follow-link", help="Copy what a link SOURCE leads to."),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Copy a file or a directory into the VM, or out of it.
+
+    The rules are those of docker cp. With - it is a tar stream. What was interrupted goes on where
+    it was, when the same command is given again.
+    """
+    options = copy.Options(overlay=overlay, archive=archive, follow_link=follow_link, quiet=quiet)
+    copy.copy(settings_of(context), source, destination, options)
 
 
 def _ask(settings: Settings, request: requests.AgentRequest) -> responses.Ok:

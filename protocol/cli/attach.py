@@ -1,21 +1,18 @@
 """An interactive command in the VM, its streams joined to our own."""
 
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import nullcontext, suppress
-from typing import Final, TextIO
+from typing import TextIO
 
 import trio
 
 from protocol import requests, responses
 from protocol.cli import terminal
-from protocol.cli.connection import CommandFailed
+from protocol.cli.connection import first_failure
+from protocol.cli.streams import read_some, write_all
 from protocol.client import AgentClient, Answers, ConnectionFailed, expect
-
-_CHUNK_SIZE: Final = 64 * 1024
-_STREAM_FAILED: Final = 1
 
 
 async def attach(
@@ -50,7 +47,7 @@ async def _joined(
     source: TextIO | None,
     size_changes: AsyncIterator[int] | None,
 ) -> responses.Exited:
-    try:
+    with first_failure():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_forward_input, client, source)
             if size_changes is not None:
@@ -62,12 +59,6 @@ async def _joined(
                     case responses.Stderr(data):
                         await _write(sys.stderr, data)
             nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        # The first is what ended the session, and what our callers know how to report.
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from error.__cause__
     return expect(answer, responses.Exited)
 
 
@@ -78,7 +69,7 @@ async def _forward_input(client: AgentClient, source: TextIO | None) -> None:
     # What the agent said before it hung up is still to be read, and says more than this would.
     with suppress(ConnectionFailed):
         # An input that was closed before we started is None as well.
-        while source is not None and (data := await _read(source.fileno())):
+        while source is not None and (data := await read_some(source.fileno())):
             await client.send(requests.Stdin(data))
         await client.send(requests.Stdin(b""))
 
@@ -95,46 +86,7 @@ async def _send_size(client: AgentClient) -> None:
             await client.send(size)
 
 
-async def _read(fd: int) -> bytes:
-    """Some bytes, or none at the end. What is not read when cancelled is left to others.
-
-    The descriptor is not made non-blocking: it is shared with whoever started us.
-    """
-    try:
-        while True:
-            # Nobody waits for a file, or for a device like /dev/null: EPERM, see epoll_ctl(2).
-            with suppress(PermissionError):
-                await trio.lowlevel.wait_readable(fd)
-            try:
-                # In a thread, since others may have read what was there.
-                return await trio.to_thread.run_sync(
-                    os.read, fd, _CHUNK_SIZE, abandon_on_cancel=True
-                )
-            except BlockingIOError:
-                continue
-    except OSError as error:
-        cause = error.strerror or error
-        raise CommandFailed(f"cannot read the input: {cause}", _STREAM_FAILED) from error
-
-
 async def _write(stream: TextIO | None, data: bytes) -> None:
-    """Write all of it, around the stream's buffer; to a stream that was closed before, nothing.
-
-    In a thread: a reader that stalls holds up neither our input nor a signal.
-    """
-    if stream is None:
-        return
-    fd = stream.fileno()
-    left = memoryview(data)
-    try:
-        while left:
-            try:
-                count = await trio.to_thread.run_sync(os.write, fd, left, abandon_on_cancel=True)
-                left = left[count:]
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(fd)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        cause = error.strerror or error
-        raise CommandFailed(f"cannot write the output: {cause}", _STREAM_FAILED) from error
+    """To a stream that was closed before we started, nothing."""
+    if stream is not None:
+        await write_all(stream.fileno(), data)

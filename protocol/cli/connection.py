@@ -1,6 +1,7 @@
 """One conversation with the agent a command line is about, and what to say when it fails."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, TypeVar
 
 import attrs
@@ -27,6 +28,19 @@ class CommandFailed(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextmanager
+def first_failure() -> Iterator[None]:
+    """Let the first exception of a group pass alone: the one that ended a conversation, which
+    callers know how to report."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from error.__cause__
 
 
 @attrs.frozen
