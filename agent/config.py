@@ -58,6 +58,8 @@ class AgentConfig:
     """Where the host's ports are unix sockets, PREFIX_PORT; else they are vsock's."""
     ssh_agent: bool = False
     """Whether the host's SSH agent is forwarded."""
+    ready_marker: str = ".smolvm-ready"
+    """The file in a shared root that tells of the VM's readiness."""
     dns_filter: bool = False
     """Whether names are resolved by the host alone."""
     uplink: Uplink | None = None
@@ -91,6 +93,7 @@ class AgentConfig:
             "crun": environ.get("INNKEEP_CRUN", "crun"),
             "catatonit": environ.get("INNKEEP_CATATONIT", "/usr/bin/catatonit"),
             "log_level": _one_of(LOG_LEVELS, "INNKEEP_LOG", environ.get("INNKEEP_LOG", "INFO")),
+            "ready_marker": environ.get("SMOLVM_READY_MARKER") or ".smolvm-ready",
             # As the smolvm launcher has it, whose guests are configured by environment alone.
             "ssh_agent": _switch("SMOLVM_SSH_AGENT", environ.get("SMOLVM_SSH_AGENT") or "0"),
             "dns_filter": _switch("SMOLVM_DNS_FILTER", environ.get("SMOLVM_DNS_FILTER") or "0"),

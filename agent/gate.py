@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Generic, TypeVar
 
 import trio
 
 from agent.errors import AgentError
+from agent.uptime import uptime_s
 from protocol.errors import ErrorCode
 
 T = TypeVar("T")
@@ -23,17 +25,24 @@ class Gate(Generic[T]):
         self._decided = trio.Event()
         self._values: list[T] = []
         self._failure: AgentError | None = None
+        self.decided_s = math.nan
+        """When, in seconds after boot."""
 
     def open(self, value: T) -> None:
         """Let everyone through, with ``value``."""
         self._values = [value]
         self._failure = None
-        self._decided.set()
+        self._decide()
 
     def fail(self, failure: AgentError) -> None:
         """Turn everyone back with ``failure``; a later ``open`` lets the next ones through."""
         self._failure = failure
-        self._decided.set()
+        self._decide()
+
+    def _decide(self) -> None:
+        if not self._decided.is_set():
+            self.decided_s = uptime_s()
+            self._decided.set()
 
     @property
     def is_open(self) -> bool:

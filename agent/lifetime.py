@@ -18,6 +18,7 @@ from agent.errors import AgentError
 from agent.gate import Gate
 from agent.hangup import HangupWatch
 from agent.server import serve
+from agent.uptime import started_s, uptime_s
 from protocol.errors import ErrorCode
 
 if TYPE_CHECKING:
@@ -65,16 +66,18 @@ async def _live(listener: socket.socket, config: AgentConfig, cgroup_root: Path 
         nursery.start_soon(hangups.run)
         nursery.start_soon(serve, listener, config.vsock_peers, hangups, gate)
         log.info("serving on %s", config.listen)
+        steps = {"agent": started_s(), "serving": uptime_s()}
         for _ in range(STEPS_TO_A_PONG):
             await trio.lowlevel.checkpoint()
         open_services = await trio.to_thread.run_sync(_import_services)
         try:
             async with open_services(config, cgroup_root) as services:
                 gate.open(services)
-                if listener.family == socket.AF_VSOCK and config.in_image:
+                steps["services"] = uptime_s()
+                if config.in_image or config.host_sockets:
                     from agent.doorbell import ring_doorbell
 
-                    nursery.start_soon(ring_doorbell, services)
+                    nursery.start_soon(ring_doorbell, services, steps)
                 await services.stopped.wait()
                 nursery.cancel_scope.cancel()
         except AgentError as error:

@@ -72,6 +72,7 @@ class Services:
     processes: Processes
     containers: ContainerRuntime
     standing: StandingContainers
+    host: Host
     bridges: Bridges
     roots: GuestRoots
     images: Gate[Images]
@@ -231,6 +232,7 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
                 processes=processes,
                 containers=containers,
                 standing=standing,
+                host=host,
                 bridges=bridges,
                 roots=GuestRoots(images, standing, disk.workspace, journal),
                 images=images,

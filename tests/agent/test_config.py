@@ -158,6 +158,12 @@ def test_a_bridge_is_there_when_a_word_an_argument_or_the_launcher_says_so(name:
         configured(environ={variable: "yes"})
 
 
+def test_the_launcher_may_name_the_file_that_tells_of_readiness() -> None:
+    assert AgentConfig.from_boot("", {}, []).ready_marker == ".smolvm-ready"
+    environ = {"SMOLVM_READY_MARKER": "run/ready"}
+    assert AgentConfig.from_boot("", environ, []).ready_marker == "run/ready"
+
+
 def test_the_hosts_ports_are_vsocks_unless_a_path_is_given(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

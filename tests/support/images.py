@@ -165,10 +165,10 @@ class Images:
         return self._large("large-too")
 
     @cached_property
-    def ssh_client(self) -> PushedImage:
-        """busybox with OpenSSH's ssh-add."""
-        layer = gzip_layer(trees.archive(trees.programs("ssh-add")))
-        return self._push("ssh-client", [self._base, layer], {"Env": ["PATH=/usr/bin:/bin"]})
+    def clients(self) -> PushedImage:
+        """busybox with OpenSSH's ssh-add and BIND's dig."""
+        layer = gzip_layer(trees.archive(trees.programs("ssh-add", "dig")))
+        return self._push("clients", [self._base, layer], {"Env": ["PATH=/usr/bin:/bin"]})
 
     @cached_property
     def bare(self) -> PushedImage:

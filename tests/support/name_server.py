@@ -21,6 +21,30 @@ _CONNECTIONS = 8
 _QUERIES = 100
 
 
+ASK_AT_ONCE = """
+import socket, struct, sys
+many = int(sys.argv[1])
+udp = socket.socket(type=socket.SOCK_DGRAM)
+udp.setsockopt(socket.SOL_SOCKET, 33, 4 << 20)  # SO_RCVBUFFORCE
+udp.connect(("127.0.0.1", 53))
+for number in range(many):
+    name = f"n{number}".encode()
+    question = bytes([len(name)]) + name + b"\\4test\\0" + struct.pack("!HH", 1, 1)
+    udp.send(struct.pack("!HHHHHH", number, 0x0100, 1, 0, 0, 0) + question)
+udp.settimeout(30)
+for _ in range(many):
+    answer = udp.recv(65535)
+    number, flags = struct.unpack_from("!HH", answer)
+    print(number, flags & 0xF, socket.inet_ntoa(answer[-4:]))
+"""
+"""A Python program that asks for so many names at once as its argument says: see `answered`."""
+
+
+def answered(many: int) -> list[str]:
+    """What it prints, sorted, when all are answered."""
+    return sorted(f"{number} 0 192.0.2.1" for number in range(many))
+
+
 @contextmanager
 def name_server() -> Iterator[str]:
     """dnsmasq at a loopback address of its own, for the block; see `filtered`.

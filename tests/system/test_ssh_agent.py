@@ -57,8 +57,8 @@ async def talk(forwarding: Forwarding) -> AsyncIterator[AgentClient]:
 
 @pytest.fixture
 async def image(talk: AgentClient, images: Images) -> str:
-    await pull(talk, images.ssh_client.reference)
-    return images.ssh_client.reference
+    await pull(talk, images.clients.reference)
+    return images.clients.reference
 
 
 @pytest.fixture
@@ -194,16 +194,14 @@ async def test_without_an_agent_on_the_host_a_client_is_told_at_once(
         options=["--append=innkeep.ssh_agent=1"],
     ) as machine:
         async with open_client(machine.address) as client:
-            await pull(client, images.ssh_client.reference)
-            done = await run(client, images.ssh_client.reference, "sh", "-c", LIST)
+            await pull(client, images.clients.reference)
+            done = await run(client, images.clients.reference, "sh", "-c", LIST)
             assert done.exit_code != 0
             assert done.stdout == b""
             # One that comes later is found.
             ports = HostPorts(tmp_path / "agent.sock")
             async with ports.listening(Port.SSH_AGENT) as listener, trio.open_nursery() as nursery:
-                request = requests.Run(
-                    image=images.ssh_client.reference, command=("sh", "-c", LIST)
-                )
+                request = requests.Run(image=images.clients.reference, command=("sh", "-c", LIST))
                 nursery.start_soon(client.request, request)
                 async with await listener.accept() as agent:
                     # SSH2_AGENTC_REQUEST_IDENTITIES, draft-ietf-sshm-ssh-agent.
