@@ -20,6 +20,7 @@ from agent.image_answers import ImageAnswers
 from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore
 from agent.images.exporter import LayerExporter
+from agent.images.flattener import LayerFlattener
 from agent.images.garbage import GarbageCollector
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
@@ -61,6 +62,7 @@ class Images:
     """Of uploads, which a crash may leave behind."""
     exporter: LayerExporter
     answers: ImageAnswers
+    flattener: LayerFlattener
 
 
 @attrs.define(eq=False)
@@ -144,6 +146,7 @@ class Services:
             journal,
             exporter=LayerExporter(store, claims),
             answers=ImageAnswers(store),
+            flattener=LayerFlattener(store.blobs, layers),
         )
 
     async def bring_up_network(self) -> None:

@@ -10,7 +10,14 @@ from agent.errors import AgentError
 from agent.handlers.containers import run
 from agent.handlers.file_tree import file_list, file_mkdir, file_remove, file_stat
 from agent.handlers.files import file_read, file_write, file_write_begin, file_write_chunk
-from agent.handlers.images import export_layer, garbage_collect, list_images, pull, query
+from agent.handlers.images import (
+    export_layer,
+    flatten_layers,
+    garbage_collect,
+    list_images,
+    pull,
+    query,
+)
 from agent.handlers.machine import format_storage, shutdown, storage_status
 from agent.handlers.overlays import cleanup_overlay, prepare_overlay
 from agent.handlers.processes import vm_exec
@@ -58,5 +65,5 @@ HANDLERS: Mapping[type, Handler] = {
     requests.FileMkdir: file_mkdir,
     requests.TarWrite: tar_write,
     requests.TarRead: tar_read,
-    requests.FlattenLayers: unsupported("flatten_layers"),
+    requests.FlattenLayers: flatten_layers,
 }

@@ -91,6 +91,14 @@ async def export_layer(
     return responses.DataChunk(b"", done=True)
 
 
+async def flatten_layers(
+    request: requests.FlattenLayers, channel: Channel, services: Services
+) -> AgentResponse:
+    images = await services.images.passed(ErrorCode.OVERLAY_FAILED)
+    await images.flattener.flatten(request.lowerdirs, request.output)
+    return responses.Ok()
+
+
 def parse(image: str, code: ErrorCode) -> Reference:
     """The reference that ``image`` spells.
 

@@ -177,6 +177,25 @@ def export_one_layer(
     converse(settings_of(context), lambda client: export_layer(client, image, index, target))
 
 
+@app.command(name="flatten-layers")
+def flatten_layers(
+    context: typer.Context,
+    lowerdirs: Annotated[
+        list[str],
+        typer.Argument(metavar="LOWERDIR...", help="Directories of the VM, the topmost first."),
+    ],
+    target: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="DIR", help="A new directory of the VM."),
+    ],
+) -> None:
+    """Merge layers in the VM into one directory, as overlayfs shows them."""
+    settings = settings_of(context)
+    answer = _ask(settings, requests.FlattenLayers(tuple(lowerdirs), target))
+    if settings.json:
+        output.print_json(answer)
+
+
 @app.command()
 def status(context: typer.Context) -> None:
     """Show the state of the VM's storage."""

@@ -159,3 +159,11 @@ async def test_a_layer_is_not_written_to_a_terminal(path: Path) -> None:
         b"innkeep: this is a tar and no text: give a file with -o, or a pipe\n"
     )
     assert script.requests == []
+
+
+async def test_layers_are_flattened_topmost_first_and_nothing_is_said(path: Path) -> None:
+    answers = {requests.FlattenLayers: [[responses.Ok()]]}
+    arguments = ("flatten-layers", "/top", "/below", "-o", "/out")
+    result, asked = await with_answers(path, answers, *arguments)
+    assert asked == [requests.FlattenLayers(("/top", "/below"), "/out")]
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
