@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from agent.connection import Connection
-from protocol import AgentRequest, AgentResponse, Envelope, decode, encode, responses
+from protocol import AgentRequest, AgentResponse, Envelope, decode, encode
 from protocol.errors import MalformedMessage
 
 Message = TypeVar("Message")
@@ -32,10 +32,6 @@ class Channel:
             PeerGone: there is nobody to hear it.
         """
         await self._connection.send(encode(response))
-
-    async def progress(self, message: str, percent: int | None, layer: str | None) -> None:
-        """Tell how far the request is; ``percent`` is 0 to 100."""
-        await self.send(responses.Progress(message=message, percent=percent, layer=layer))
 
     async def follow_up(self, *kinds: type[Message]) -> Message | None:
         """The next message, if it is one of ``kinds``; None when no more of them will come.

@@ -41,6 +41,8 @@ OUTLIVE_THEIR_CONNECTION: frozenset[type] = frozenset({requests.Shutdown, reques
 
 CAPABILITIES = (
     "process-stats-v1",
+    "pull-plan-v1",
+    "pull-progress-v1",
     "file-range-v1",
     "file-digest-v1",
     "file-resume-v1",

@@ -16,13 +16,18 @@ class Ping:
 
 @attrs.frozen
 class Pull:
-    """Fetch an image; ``proxy`` and ``no_proxy`` as the environment variables of those names."""
+    """Fetch an image; ``proxy`` and ``no_proxy`` as the environment variables of those names.
+
+    With ``dry_run`` nothing is fetched but what tells the layers' sizes, and the answer's data is
+    a PullPlan.
+    """
 
     image: str
     oci_platform: str | None = None
     auth: RegistryAuth | None = attrs.field(default=None, metadata=OMITTED)
     proxy: str | None = attrs.field(default=None, metadata=OMITTED, repr=without_credentials)
     no_proxy: str | None = attrs.field(default=None, metadata=OMITTED)
+    dry_run: bool = attrs.field(default=False, metadata=OMITTED)
 
 
 @attrs.frozen

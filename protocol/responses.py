@@ -26,11 +26,18 @@ class Pong:
 
 @attrs.frozen
 class Progress:
-    """How far a pull is; ``layer`` is the digest's hex."""
+    """How far a pull is; ``layer`` is the digest's hex.
+
+    From ``done_bytes`` on the fields are those of capability ``pull-progress-v1``.
+    """
 
     message: str = attrs.field(converter=printable)
     percent: U8 | None = attrs.field(default=None, metadata=OMITTED)
     layer: str | None = attrs.field(default=None, metadata=OMITTED)
+    done_bytes: U64 | None = attrs.field(default=None, metadata=OMITTED)
+    total_bytes: U64 | None = attrs.field(default=None, metadata=OMITTED)
+    bytes_per_s: U64 | None = attrs.field(default=None, metadata=OMITTED)
+    seconds_left: U64 | None = attrs.field(default=None, metadata=OMITTED)
 
 
 @attrs.frozen

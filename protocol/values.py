@@ -71,6 +71,33 @@ class ImageInfo:
 
 
 @attrs.frozen
+class PlannedLayer:
+    """A layer that a pull needs: its blob's digest and size, and how much of that is to come."""
+
+    digest: str
+    size: U64
+    fetch_bytes: U64
+
+
+@attrs.frozen
+class PullPlan:
+    """What a ``pull`` with ``dry_run`` would do, capability ``pull-plan-v1``.
+
+    ``digest`` is the config's, as in ImageInfo; ``layers`` are bottom first, each once.
+    ``disk_bytes`` is what the disk has to have room for: the blobs, and an estimate of what layers
+    unpack to, which nobody knows before.
+    """
+
+    reference: str
+    digest: str
+    platform: str
+    layers: tuple[PlannedLayer, ...]
+    fetch_bytes: U64
+    disk_bytes: U64
+    free_bytes: U64
+
+
+@attrs.frozen
 class CollectedGarbage:
     """What a collection removed, or with ``dry_run`` would have.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import attrs
+
 from agent.channel import Channel
 from agent.errors import AgentError
 from agent.images.content_store import StoredImage
@@ -30,17 +32,15 @@ async def pull(request: requests.Pull, channel: Channel, services: Services) -> 
     await services.network.decided()
 
     async def tell(progress: PullProgress) -> None:
-        await channel.progress(progress.message, progress.percent, progress.layer)
+        await channel.send(responses.Progress(**attrs.asdict(progress)))
 
+    how = {"proxy": request.proxy, "no_proxy": request.no_proxy}
+    puller = images.puller
     try:
-        image = await images.puller.pull(
-            reference,
-            platform,
-            request.auth,
-            tell,
-            proxy=request.proxy,
-            no_proxy=request.no_proxy,
-        )
+        if request.dry_run:
+            plan = await puller.plan(reference, platform, request.auth, tell, **how)
+            return responses.Ok(plan)
+        image = await puller.pull(reference, platform, request.auth, tell, **how)
     except AgentError as error:
         if services.network.failure is None:
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 
 import attrs
@@ -10,15 +12,24 @@ import trio
 # Between one and ten a second, with room for a busy machine and for the last one.
 _SHORTEST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 0.5
+_RATE_WINDOW_S = 5
 
 
 @attrs.frozen
 class PullProgress:
-    """``percent`` (0 to 100) never falls within a pull; ``layer`` is a digest's hex."""
+    """``percent`` (0 to 100) never falls within a pull; ``layer`` is a digest's hex.
+
+    Bytes are those of blobs, compressed as they are; ``bytes_per_s`` is of the last seconds, and
+    the time that is left follows from it. Both are None until there is something to go by.
+    """
 
     message: str
     percent: int | None = None
     layer: str | None = None
+    done_bytes: int | None = None
+    total_bytes: int | None = None
+    bytes_per_s: int | None = None
+    seconds_left: int | None = None
 
 
 OnProgress = Callable[[PullProgress], Awaitable[None]]
@@ -39,6 +50,7 @@ class ProgressMeter:
         self._total_bytes = sum(self._sizes.values())
         self._latest = next(iter(self._sizes), None)
         self._percent = 0
+        self._samples: deque[tuple[float, int]] = deque()
         self._changed = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
 
@@ -64,8 +76,27 @@ class ProgressMeter:
         done = self._total_bytes - self.remaining_bytes
         self._percent = max(self._percent, 100 * done // max(self._total_bytes, 1))
         number = min(self._finished + 1, self._layer_count)
-        layer = self._latest.removeprefix("sha256:") if self._latest else None
-        return PullProgress(f"Pulling layer {number}/{self._layer_count}", self._percent, layer)
+        rate = self._rate(done)
+        return PullProgress(
+            message=f"Pulling layer {number}/{self._layer_count}",
+            percent=self._percent,
+            layer=self._latest.removeprefix("sha256:") if self._latest else None,
+            done_bytes=done,
+            total_bytes=self._total_bytes,
+            bytes_per_s=rate,
+            seconds_left=math.ceil((self._total_bytes - done) / rate) if rate else None,
+        )
+
+    def _rate(self, done: int) -> int | None:
+        """Bytes a second in the last seconds; None before there is a first one."""
+        now = trio.current_time()
+        self._samples.append((now, done))
+        while now - self._samples[0][0] > _RATE_WINDOW_S and len(self._samples) > 2:
+            self._samples.popleft()
+        begun, before = self._samples[0]
+        if now - begun < _SHORTEST_PAUSE_S:
+            return None
+        return max(0, round((done - before) / (now - begun)))
 
     async def report(self, on_progress: OnProgress) -> None:
         """Tell how far it is, at once and then again and again until cancelled."""

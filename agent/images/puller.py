@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import attrs
@@ -22,13 +23,14 @@ from agent.images.manifest import InvalidManifest
 from agent.images.platform import NoSuchPlatform, Platform, local_platform
 from agent.images.progress import OnProgress, PullProgress
 from agent.images.proxy import InvalidProxy
+from agent.images.pull_plan import plan_pull
 from agent.images.reference import Reference
 from agent.images.registries import RegistryError, RegistrySettings
 from agent.images.registry_hosts import HostsError
 from agent.images.resolution import Question, ResolvedImage
 from protocol import retry
 from protocol.errors import ErrorCode
-from protocol.values import RegistryAuth
+from protocol.values import PullPlan, RegistryAuth
 
 if TYPE_CHECKING:
     from agent.images.mirrored_registry import MirroredRegistry
@@ -76,8 +78,54 @@ class Puller:
         Raises:
             AgentError: PULL_FAILED, naming the image, what failed and the cause.
         """
-        doing = f"pull {reference}"
         question = Question(reference, platform or local_platform(), insist=platform is not None)
+        async with (
+            self._conversation(reference, auth, proxy, no_proxy) as (client, limiter),
+            self._resolved(client, question, on_progress, limiter) as image,
+        ):
+            await self._fetcher.fetch(image.layers, client, on_progress, limiter)
+            return await trio.to_thread.run_sync(self._name, question, image, limiter=limiter)
+
+    async def plan(
+        self,
+        reference: Reference,
+        platform: Platform | None,
+        auth: RegistryAuth | None,
+        on_progress: OnProgress,
+        *,
+        proxy: str | None = None,
+        no_proxy: str | None = None,
+    ) -> PullPlan:
+        """What ``pull`` would do with the same arguments; nothing is fetched that it would keep.
+
+        Raises:
+            AgentError: as for ``pull``.
+        """
+        question = Question(reference, platform or local_platform(), insist=platform is not None)
+        async with (
+            self._conversation(reference, auth, proxy, no_proxy) as (client, limiter),
+            self._resolved(client, question, on_progress, limiter) as image,
+        ):
+            return await trio.to_thread.run_sync(
+                plan_pull,
+                image,
+                str(reference),
+                str(question.platform),
+                self._store.blobs,
+                self._layers,
+                limiter=limiter,
+            )
+
+    @asynccontextmanager
+    async def _conversation(
+        self,
+        reference: Reference,
+        auth: RegistryAuth | None,
+        proxy: str | None,
+        no_proxy: str | None,
+    ) -> AsyncIterator[tuple[MirroredRegistry, trio.CapacityLimiter]]:
+        """A registry to ask, and threads to do it in; all that fails is PULL_FAILED."""
+        doing = f"pull {reference}"
         # Its own, so that no pull waits for the threads of another.
         limiter = trio.CapacityLimiter(LAYERS_AT_ONCE)
         try:
@@ -92,17 +140,20 @@ class Puller:
                     limiter=limiter,
                 )
                 with client:
-                    return await self._pull(client, question, on_progress, limiter)
+                    yield client, limiter
         except _FAILURES as error:
             raise AgentError(ErrorCode.PULL_FAILED, f"{doing}: {error}") from error
 
-    async def _pull(
+    @asynccontextmanager
+    async def _resolved(
         self,
         client: MirroredRegistry,
         question: Question,
         on_progress: OnProgress,
         limiter: trio.CapacityLimiter,
-    ) -> StoredImage:
+    ) -> AsyncIterator[ResolvedImage]:
+        """What the reference stands for now, held against collections for the block."""
+
         async def ask(known: Tag | None, policy: retry.RetryPolicy) -> ResolvedImage:
             try:
                 return await trio.to_thread.run_sync(
@@ -133,8 +184,7 @@ class Puller:
             else:
                 image = await ask(None, retry.PULL)
             async with claims.held(image.digests):
-                await self._fetcher.fetch(image.layers, client, on_progress, limiter)
-                return await trio.to_thread.run_sync(self._name, question, image, limiter=limiter)
+                yield image
 
     async def _resolve_again(
         self,

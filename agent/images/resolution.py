@@ -48,6 +48,7 @@ class ResolvedImage:
 
     resolved: str
     manifest_digest: str
+    config_digest: str
     layers: tuple[WantedLayer, ...]
     documents: tuple[bytes, ...]
     digests: frozenset[str]
@@ -59,7 +60,14 @@ class ResolvedImage:
             WantedLayer(layer.digest, layer.blob_size, layer.media_type, layer.diff_id)
             for layer in tag.image.layers
         )
-        return cls(tag.entry.resolved, tag.entry.manifest_digest, layers, (), tag.digests)
+        return cls(
+            tag.entry.resolved,
+            tag.entry.manifest_digest,
+            tag.image.config_digest,
+            layers,
+            (),
+            tag.digests,
+        )
 
 
 @attrs.frozen
@@ -123,7 +131,12 @@ class Question:
             to_be_stored.add(digest_of(as_oci(data)))
         digests = to_be_stored.union(*((layer.digest, layer.diff_id) for layer in layers))
         return ResolvedImage(
-            resolved, digest_of(data), layers, (data, config_data), frozenset(digests)
+            resolved,
+            digest_of(data),
+            document.config.digest,
+            layers,
+            (data, config_data),
+            frozenset(digests),
         )
 
     def _fits(self, own: Platform | None) -> bool:

@@ -16,8 +16,9 @@ from protocol.cli.execution import PullPolicy
 from protocol.cli.export import STDOUT, export_layer
 from protocol.cli.pull import pull
 from protocol.client import AgentClient
-from protocol.values import CollectedGarbage, ImageInfo, StorageStatus
+from protocol.values import CollectedGarbage, ImageInfo, PullPlan, StorageStatus
 
+PULL_PLAN: Final = "pull-plan-v1"
 _FAILED: Final = 1
 _INTERRUPTED: Final = 130
 
@@ -111,12 +112,31 @@ def ping(context: typer.Context) -> None:
 
 
 @app.command(name="pull")
-def pull_image(context: typer.Context, image: Image, platform: PlatformOption = None) -> None:
+def pull_image(
+    context: typer.Context,
+    image: Image,
+    platform: PlatformOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be fetched.")
+    ] = False,
+) -> None:
     """Fetch an image into the VM's store."""
     settings = settings_of(context)
-    answer = converse(settings, lambda client: pull(client, image, platform))
+
+    async def conversation(client: AgentClient) -> responses.Ok:
+        if dry_run:
+            # An agent that does not know it would pull.
+            pong = await client.ask(requests.Ping(), responses.Pong)
+            if PULL_PLAN not in pong.capabilities:
+                raise CommandFailed("this agent cannot say what a pull would fetch", _FAILED)
+        return await pull(client, image, platform, dry_run=dry_run)
+
+    answer = converse(settings, conversation)
     if settings.json:
         output.print_json(answer)
+        return
+    if dry_run:
+        output.print_plan(decode_value(answer.data, PullPlan))
         return
     info = decode_value(answer.data, ImageInfo)
     print(f"{info.reference} {info.digest}")

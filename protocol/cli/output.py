@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from protocol import encode, responses
-from protocol.values import CollectedGarbage, ImageInfo
+from protocol.values import CollectedGarbage, ImageInfo, PullPlan
 
 _SHOWN_DIGEST = 12
 _WIDE = 10_000
@@ -79,6 +79,17 @@ def print_image(image: ImageInfo) -> None:
         "user": image.user,
     }
     print_values({name: value for name, value in values.items() if value})
+
+
+def print_plan(plan: PullPlan) -> None:
+    """What ``innkeep pull --dry-run`` found: a line a layer, and what it comes to."""
+    for layer in plan.layers:
+        here = "" if layer.fetch_bytes else " (in the store)"
+        print(f"{short_digest(layer.digest)} {decimal(layer.size)}{here}")
+    print(
+        f"{plan.reference}: {decimal(plan.fetch_bytes)} to fetch, about "
+        f"{decimal(plan.disk_bytes)} of the disk's free {decimal(plan.free_bytes)} needed"
+    )
 
 
 def print_garbage(garbage: CollectedGarbage) -> None:

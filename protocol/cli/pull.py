@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from protocol import requests, responses
@@ -40,12 +41,22 @@ class PullBar:
 
     def show(self, progress: responses.Progress) -> None:
         """Take over what the agent says."""
-        self._progress.update(self._task, description=progress.message, completed=progress.percent)
+        said = [progress.message]
+        if progress.bytes_per_s is not None:
+            said.append(f"{decimal(progress.bytes_per_s)}/s")
+        if progress.seconds_left is not None:
+            said.append(f"{progress.seconds_left} s left")
+        self._progress.update(self._task, description=", ".join(said), completed=progress.percent)
 
 
-async def pull(client: AgentClient, image: str, platform: str | None) -> responses.Ok:
-    """Have the agent pull; its ``ok`` holds the ImageInfo. Raises AgentRefused."""
-    request = requests.Pull(image=image, oci_platform=platform)
+async def pull(
+    client: AgentClient, image: str, platform: str | None, *, dry_run: bool = False
+) -> responses.Ok:
+    """Have the agent pull; its ``ok`` holds the ImageInfo. Raises AgentRefused.
+
+    With ``dry_run`` it holds a PullPlan, if the agent has that capability: ask before.
+    """
+    request = requests.Pull(image=image, oci_platform=platform, dry_run=dry_run)
     with PullBar(image) as bar:
         async with client.stream(request) as answers:
             async for answer in answers:

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from protocol import requests, responses
-from protocol.values import CollectedGarbage
+from protocol.values import CollectedGarbage, PlannedLayer, PullPlan
 from tests.protocol.command_line import ALPINE, PROJECT, innkeep, with_answers
 from tests.protocol.fake_agent import Script, serving
 
@@ -64,6 +64,42 @@ async def test_gc_gives_the_agents_own_answer_as_json(path: Path) -> None:
     answers = {requests.GarbageCollect: [[responses.Ok({"dry_run": True, "freed_bytes": 5})]]}
     result, _ = await with_answers(path, answers, "--json", "gc", "--dry-run")
     assert json.loads(result.stdout) == {"dry_run": True, "freed_bytes": 5}
+
+
+PLAN = PullPlan(
+    reference=ALPINE.reference,
+    digest=ALPINE.digest,
+    platform="linux/amd64",
+    layers=(
+        PlannedLayer("sha256:" + "12" * 32, 3_000_000, 0),
+        PlannedLayer("sha256:" + "34" * 32, 5_000_000, 4_000_000),
+    ),
+    fetch_bytes=4_000_000,
+    disk_bytes=19_000_000,
+    free_bytes=8_000_000_000,
+)
+
+
+async def test_a_pull_that_is_only_planned_says_what_it_would_fetch(path: Path) -> None:
+    answers = {
+        requests.Ping: [[responses.Pong(1, ("pull-plan-v1",))]],
+        requests.Pull: [[responses.Ok(PLAN)]],
+    }
+    result, asked = await with_answers(path, answers, "pull", "--dry-run", "alpine")
+    assert asked == [requests.Ping(), requests.Pull("alpine", dry_run=True)]
+    assert result.stdout.decode().splitlines() == [
+        "121212121212 3.0 MB (in the store)",
+        "343434343434 5.0 MB",
+        f"{ALPINE.reference}: 4.0 MB to fetch, about 19.0 MB of the disk's free 8.0 GB needed",
+    ]
+
+
+async def test_an_agent_that_cannot_plan_is_not_made_to_pull(path: Path) -> None:
+    answers = {requests.Ping: [[responses.Pong(1)]]}
+    result, asked = await with_answers(path, answers, "pull", "--dry-run", "alpine")
+    assert asked == [requests.Ping()]
+    assert result.returncode == 1
+    assert result.stderr == b"innkeep: this agent cannot say what a pull would fetch\n"
 
 
 TAR = [bytes([n]) * 70_000 for n in range(3)]

@@ -3,8 +3,9 @@
 import trio
 
 from initramfs.local_registry import LocalRegistry
-from protocol import requests, responses
+from protocol import decode_value, requests, responses
 from protocol.client import AgentClient, open_client
+from protocol.values import PullPlan
 from tests.support.execution import execute, pull, run
 from tests.support.images import Images
 from tests.support.machine import Machine
@@ -31,6 +32,24 @@ async def test_progress_counts_layers_and_bytes_and_never_falls(
     numbers = [int(text.split()[2].partition("/")[0]) for text in counted]
     assert numbers == sorted(numbers)
     assert {text.partition("/")[2] for text in counted} == {"5"}
+
+
+async def test_a_pull_can_be_planned_before_anything_is_fetched(
+    client: AgentClient, images: Images
+) -> None:
+    pong = await client.ask(requests.Ping(), responses.Pong)
+    assert {"pull-plan-v1", "pull-progress-v1"} <= set(pong.capabilities)
+    image = images.variant("planned", {"Cmd": ["true"]}, images.noise_layer("planned"))
+    request = requests.Pull(image=image.reference, dry_run=True)
+    plan = decode_value((await client.ask(request, responses.Ok)).data, PullPlan)
+    assert plan.digest == image.config_digest
+    assert tuple(layer.digest for layer in plan.layers) == image.layers
+    assert plan.fetch_bytes >= 1 << 20
+    query = requests.Query(image=image.reference)
+    assert (await client.ask(query, responses.Error)).code == "NOT_FOUND"
+    await pull(client, image.reference)
+    plan = decode_value((await client.ask(request, responses.Ok)).data, PullPlan)
+    assert plan.fetch_bytes == 0
 
 
 async def test_a_second_pull_fetches_nothing_but_the_manifest(

@@ -17,6 +17,7 @@ from agent.images.puller import Puller
 from agent.images.reference import parse_reference
 from agent.images.registries import RegistrySettings
 from protocol.errors import ErrorCode
+from protocol.values import PullPlan
 from tests.agent.images.recording_layers import RecordingLayers
 from tests.support.layout import LayerBlob, plain_layer
 
@@ -57,6 +58,9 @@ class Pulling:
         return await self.puller.pull(
             parse_reference(reference), parse_platform(platform) if platform else None, **how
         )
+
+    async def plan(self, reference: str) -> PullPlan:
+        return await self.puller.plan(parse_reference(reference), None, None, self.note)
 
     async def refused(self, reference: str, platform: str | None = None, **how: Any) -> str:
         """The message of a pull that fails."""

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,13 +15,15 @@ import attrs
 import pytest
 import trio
 
+from agent.errors import AgentError
 from agent.images.layer_fetcher import LAYERS_AT_ONCE
 from agent.images.platform import local_platform
 from agent.images.progress import PullProgress
 from agent.images.reference import parse_reference
 from agent.images.registries import RegistrySettings
 from initramfs.local_registry import LocalRegistry
-from protocol.values import RegistryAuth
+from protocol.errors import ErrorCode
+from protocol.values import PlannedLayer, RegistryAuth
 from tests.agent.images.pulling import Pulling, blob, noise
 from tests.support.commands import run
 from tests.support.images import OTHER_ARCHITECTURE, Images, PushedImage
@@ -322,6 +325,49 @@ async def test_a_blob_of_the_store_is_kept_where_it_cannot_be_rebuilt_for_now(
     assert await pulling.pull(server.reference()) == image
     assert pulling.layers.tars == built
     assert len(server.requests_for(blob(layer))) == 1
+
+
+# What would be fetched
+
+
+async def test_a_plan_says_what_a_pull_would_fetch_and_fetches_nothing(
+    pulling: Pulling, server: MisbehavingRegistry
+) -> None:
+    base, begun, top = noise("base"), gzip_layer(noise("begun").blob), noise("top")
+    server.add_image("base", [base])
+    await pulling.pull(server.reference("base"))
+    server.add_image("latest", [base, begun, top, top])
+    with pulling.store.blobs.open_partial(begun.digest) as partial:
+        partial.append(begun.blob[:100_000])
+    before, frames = pulling.files(), len(pulling.frames)
+    plan = await pulling.plan(server.reference())
+    rest = len(begun.blob) - 100_000
+    assert plan.reference == server.reference()
+    assert plan.platform == str(local_platform())
+    assert plan.layers == (
+        PlannedLayer(base.digest, 300_000, 0),
+        PlannedLayer(begun.digest, len(begun.blob), rest),
+        PlannedLayer(top.digest, 300_000, 300_000),
+    )
+    assert plan.fetch_bytes == rest + 300_000
+    # A plain layer is as large unpacked, a compressed one by a rule of thumb.
+    assert plan.disk_bytes == plan.fetch_bytes + 3 * len(begun.blob) + 300_000
+    assert plan.free_bytes > plan.disk_bytes
+    assert not [request for request in server.requests if "blobs/" + top.digest in request.path]
+    assert pulling.files() == before
+    assert len(pulling.frames) == frames
+    image = await pulling.pull(server.reference())
+    assert plan.digest == image.config_digest
+    again = await pulling.plan(server.reference())
+    assert (again.fetch_bytes, again.disk_bytes) == (0, 0)
+
+
+async def test_a_plan_for_an_image_that_is_not_there_fails_as_the_pull_would(
+    pulling: Pulling, server: MisbehavingRegistry
+) -> None:
+    with pytest.raises(AgentError, match="MANIFEST_UNKNOWN: not here") as failed:
+        await pulling.plan(server.reference("missing"))
+    assert failed.value.code is ErrorCode.PULL_FAILED
 
 
 # What is not believed
@@ -802,6 +848,26 @@ async def test_percent_does_not_fall_where_a_registry_begins_anew(
     await pulling.pull(server.reference())
     percents = [frame.percent for _, frame in pulling.frames]
     assert percents == sorted(percents)
+
+
+async def test_bytes_their_rate_and_the_time_left_are_told(
+    pulling: Pulling, server: MisbehavingRegistry
+) -> None:
+    layers = [noise("one"), noise("two")]
+    server.add_image("latest", layers)
+    server.misbehave(blob(layers[0]), slow(30_000, 0.2))
+    await pulling.pull(server.reference())
+    frames = [frame for _, frame in pulling.frames]
+    assert {frame.total_bytes for frame in frames} == {600_000}
+    assert (frames[0].bytes_per_s, frames[0].seconds_left) == (None, None)
+    done = [frame.done_bytes or 0 for frame in frames]
+    assert done == sorted(done)
+    assert (done[-1], frames[-1].seconds_left) == (600_000, 0)
+    for frame in frames:
+        if frame.bytes_per_s:
+            left = 600_000 - (frame.done_bytes or 0)
+            assert frame.seconds_left == math.ceil(left / frame.bytes_per_s)
+    assert any(frame.seconds_left for frame in frames)
 
 
 async def test_layers_that_are_there_count_as_pulled(
