@@ -1,6 +1,6 @@
 """Run all benchmarks, or those that are named, or single rows of one:
 
-python -m benchmarks [--quick] [startup] [boot] [processes] [pulls] [processes:ROW]...
+python -m benchmarks [--quick] [startup] [boot] [processes] [pulls] [store] [processes:ROW]...
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import boot, processes, pulls, startup
+from benchmarks import boot, processes, pulls, startup, store
 
 ROOTFS = Path("build/rootfs")
 WHOLE = {"startup": startup.measure, "boot": boot.measure}
 BY_ROWS = {
     "processes": (processes.measure, tuple(processes.ROWS)),
     "pulls": (pulls.measure, tuple(pulls.ROWS)),
+    "store": (store.measure, tuple(store.ROWS)),
 }
 QUICK = "--quick"
 

@@ -20,10 +20,10 @@ from agent.processes.bundle import (
     DEFAULT_CAPABILITIES,
     Container,
     ContainerProcess,
-    hosts_file,
     runtime_config,
 )
 from agent.processes.command import BASE_ENVIRONMENT, Bind
+from agent.processes.network_files import hosts_file
 from agent.processes.seccomp import oci_profile
 from benchmarks.guest.commands import spawn
 from benchmarks.guest.connection import Connection, UnexpectedAnswer, frame

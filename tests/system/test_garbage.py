@@ -109,7 +109,7 @@ async def test_a_tag_that_moved_leaves_garbage_that_is_counted_and_then_removed(
 async def test_after_a_purge_pulls_work_as_before(
     machine: Machine, client: AgentClient, images: Images
 ) -> None:
-    names = ("busybox", "zstd", "docker_schema2", "sixty_layers")
+    names = ("busybox", "zstd", "docker_schema2", "whiteouts")
     references = [getattr(images, name).reference for name in names]
     infos = [await pull(client, reference) for reference in references]
     purged = await collect(client, purge_all=True)
@@ -121,7 +121,7 @@ async def test_after_a_purge_pulls_work_as_before(
     assert [await pull(client, reference) for reference in references] == infos
     assert wrong_blobs(machine.storage) == []
     assert (await run(client, references[0])).stdout == b"hello from busybox\n"
-    assert (await run(client, references[3])).stdout == b"59\n"
+    assert (await run(client, references[3])).exit_code == 0
 
 
 async def test_an_overlay_outlives_a_purge_mounted_or_not(

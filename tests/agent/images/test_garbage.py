@@ -243,6 +243,17 @@ async def test_an_overlay_whose_record_is_damaged_stops_it_before_anything_is_lo
     assert len(whole.store.images()) == 1
 
 
+async def test_sizes_are_known_without_walking_through_any_layer(whole: Storage) -> None:
+    image = whole.image("image", "one", "two", gzipped=True)
+    whole.layers.unmount_all()
+    for layer in image.layers:
+        whole.layers.remove(layer.diff_id)
+    (again,) = ContentStore(whole.path).images()
+    assert again.info().size == len(tar_of("one")) + len(tar_of("two"))
+    counted = await whole.collect(dry_run=True, purge_all=True)
+    assert counted.garbage.total_bytes == whole.bytes_of(whole.files())
+
+
 # Meanwhile
 
 
