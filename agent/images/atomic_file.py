@@ -10,6 +10,10 @@ from pathlib import Path
 
 import attrs
 
+# So many bytes of a large file are handed to the disk at a time while it is written: then it works
+# meanwhile, and the sync at the end is short.
+WRITEBACK_BYTES = 8 << 20
+
 
 @attrs.frozen
 class Naming:

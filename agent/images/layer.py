@@ -13,24 +13,29 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
 
 from agent.errors import cause_of
-from agent.images.atomic_file import Naming
+from agent.images.atomic_file import WRITEBACK_BYTES, Naming
 from agent.images.decompression import Decompression, DecompressionError
 from agent.images.erofs import Marks, append_marks, detached_mount, read_marks
 from agent.images.manifest import DIGEST
 from agent.images.mkfs_erofs import MkfsErofs, MkfsError, end_orphan
+from agent.images.relay import Relay
 from agent.images.tar_header import TarError
 from agent.images.tar_rewriter import TarRewriter
 from agent.linux.mount import closing, is_mount_root, move_mount, umount2
+from agent.linux.writeback import sync_file_range
 
 _LARGEST_MKFS_BYTES = 1 << 30
 _SMALLEST_MKFS_BYTES = 128 << 20
+_SMALL_TAR_BYTES = 4 << 20
+# Of decompression: 2 MiB at most.
+_CHUNKS_AHEAD = 8
 
 
 class LayerError(Exception):
@@ -54,6 +59,7 @@ class LayerStore:
         self._mkfs_erofs = mkfs_erofs
         self._mounting = threading.Lock()
         self._marks: dict[str, Marks] = {}
+        self._builds: set[LayerBuild] = set()
         for directory in (self._images, self._mounts):
             directory.mkdir(parents=True, exist_ok=True)
         for leftover in self._images.glob("*.partial"):
@@ -100,11 +106,14 @@ class LayerStore:
                     partial,
                     self._image(diff_id),
                     max_bytes,
+                    lambda: len(self._builds) == 1,
                 )
+            self._builds.add(build)
             try:
                 yield build
                 is_finished = build.is_finished
             finally:
+                self._builds.remove(build)
                 build.close()
         finally:
             if not is_finished:
@@ -189,7 +198,12 @@ class BuiltLayer:
 
 
 class LayerBuild:
-    """A blob's bytes on their way into a layer's image: decompressed, hashed, mended, written."""
+    """A blob's bytes on their way into a layer's image: decompressed, hashed, mended, written.
+
+    Whoever writes them decompresses. Of a large layer that is the only one under way all else is
+    done in a second thread: each half takes about as long, and several would keep the processors
+    busy as they are.
+    """
 
     def __init__(
         self,
@@ -199,6 +213,7 @@ class LayerBuild:
         partial: Path,
         image: Path,
         max_bytes: int | None,
+        is_alone: Callable[[], bool],
     ) -> None:
         self._diff_id = diff_id
         self._decompression = decompression
@@ -206,9 +221,12 @@ class LayerBuild:
         self._partial = partial
         self._image = image
         self._max_bytes = max_bytes
+        self._is_alone = is_alone
         self._rewriter = TarRewriter()
         self._sha256 = hashlib.sha256()
         self._tar_bytes = 0
+        self._unwritten_bytes = 0
+        self._relay: Relay | None = None
         self.is_finished = False
         """Whether there is a `BuiltLayer`, whose files are the caller's."""
 
@@ -231,6 +249,8 @@ class LayerBuild:
         with _telling(self._diff_id):
             for chunk in self._decompression.finish():
                 self._take(chunk)
+            if self._relay is not None:
+                self._relay.finish()
             digest = f"sha256:{self._sha256.hexdigest()}"
             if digest != self._diff_id:
                 raise LayerError(f"{self._diff_id}: the layer's tar has the digest {digest}")
@@ -250,15 +270,31 @@ class LayerBuild:
 
     def close(self) -> None:
         """End what runs for the build; it can no longer be finished."""
+        if self._relay is not None:
+            self._mkfs.kill()  # which it may be waiting for
+            self._relay.close()
         self._mkfs.close()
 
     def _take(self, chunk: bytes | memoryview) -> None:
         self._tar_bytes += len(chunk)
         if self._max_bytes is not None and self._tar_bytes > self._max_bytes:
             raise LayerError(f"{self._diff_id}: it unpacks to more than {self._max_bytes} bytes")
+        if self._relay is not None:
+            self._relay.put(chunk)
+            return
+        self._use(chunk)
+        if self._tar_bytes >= _SMALL_TAR_BYTES and self._is_alone():
+            self._relay = Relay(self._use, _CHUNKS_AHEAD)
+
+    def _use(self, chunk: bytes | memoryview) -> None:
         self._sha256.update(chunk)
         for piece in self._rewriter.feed(chunk):
             self._mkfs.write(piece)
+        self._unwritten_bytes += len(chunk)
+        if self._unwritten_bytes >= WRITEBACK_BYTES:
+            self._unwritten_bytes = 0
+            with self._partial.open("rb") as image:
+                sync_file_range(image.fileno())
 
 
 @contextmanager

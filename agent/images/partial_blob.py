@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from agent.images.atomic_file import Naming
+from agent.images.atomic_file import WRITEBACK_BYTES, Naming
+from agent.linux.writeback import sync_file_range
 
 _BLOCK = 1 << 20
 
@@ -24,6 +25,7 @@ class PartialBlob:
         self._path = path
         self._blob_path = blob_path
         self._file = path.open("a+b")
+        self._unwritten_bytes = 0
 
     def __enter__(self) -> PartialBlob:
         return self
@@ -56,6 +58,10 @@ class PartialBlob:
     def append(self, block: bytes) -> None:
         """Add what comes next."""
         self._file.write(block)
+        self._unwritten_bytes += len(block)
+        if self._unwritten_bytes >= WRITEBACK_BYTES:
+            self._unwritten_bytes = 0
+            sync_file_range(self._file.fileno())
 
     def whole(self) -> Naming:
         """What makes it a blob of the store: the caller has verified its size and digest."""

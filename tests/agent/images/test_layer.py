@@ -191,6 +191,38 @@ def test_a_bad_layer_is_refused_by_name_and_leaves_nothing(
     assert not layers.has(diff_id)
 
 
+def large() -> list[bytes]:
+    """Entries of a layer of which a second thread does half."""
+    return [entry(f"file{n}", bytes([n]) * (3 << 20)) for n in range(5)]
+
+
+def test_a_large_layer_holds_what_its_tar_says(layers: LayerStore, tmp_path: Path) -> None:
+    tar = tarball(directory("."), *large())
+    found = describe(mounted(layers, tar))
+    assert differences(found, extracted(tar, tmp_path / "extracted")) == []
+
+
+def test_two_large_layers_at_once_hold_what_their_tars_say(layers: LayerStore) -> None:
+    tars = [tarball(*large()), tarball(*reversed(large()))]
+    threads = [threading.Thread(target=build, args=(layers, tar)) for tar in tars]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(layers.has(digest_of(tar)) for tar in tars)
+
+
+def test_what_is_wrong_late_in_a_large_layer_is_told(layers: LayerStore, storage: Path) -> None:
+    lost = tarball(*large(), hard_link("lost", "nowhere"))
+    with pytest.raises(LayerError, match="entry 'lost': it is a hard link to 'nowhere'"):
+        build(layers, lost)
+    with pytest.raises(LayerError, match="the layer's tar has the digest sha256:"):
+        build(layers, tarball(*large()), diff_id=digest_of(b""))
+    with pytest.raises(LayerError, match="the archive ends in the middle"):
+        build(layers, b"".join(large())[:-1000])
+    assert nothing_is_left(layers, storage)
+
+
 def test_a_build_that_is_given_up_leaves_nothing(layers: LayerStore, storage: Path) -> None:
     with layers.building(digest_of(b""), PLAIN) as under_way:
         under_way.write(entry("a", bytes(1 << 20)))
@@ -199,8 +231,11 @@ def test_a_build_that_is_given_up_leaves_nothing(layers: LayerStore, storage: Pa
     assert nothing_is_left(layers, storage)
 
 
-def test_a_build_that_waits_for_the_disk_can_be_interrupted(storage: Path, tmp_path: Path) -> None:
-    slow = program(tmp_path, "exec sleep 1000")
+@pytest.mark.parametrize("taken", [0, 10_000_000])
+def test_a_build_that_waits_for_the_disk_can_be_interrupted(
+    taken: int, storage: Path, tmp_path: Path
+) -> None:
+    slow = program(tmp_path, f"head -c {taken} >/dev/null; exec sleep 1000")
     store = LayerStore(storage, slow)
     failures: list[LayerError] = []
     with store.building(digest_of(b""), PLAIN) as under_way:
