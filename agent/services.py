@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 # Sync, unmount and power-off have to fit into a host's patience with them.
 STOP_GRACE_S = 1.5
+_WORTH_TRIMMING_BYTES = 64 << 20
 WORKSPACE_MOUNT = Path("/workspace")
 # Where init has put the agent.
 CGROUP_OF_AGENT = Path("/sys/fs/cgroup/agent")
@@ -148,6 +149,11 @@ class Services:
             answers=ImageAnswers(store),
             flattener=LayerFlattener(store.blobs, layers),
         )
+
+    def trim_after(self, freed_bytes: int) -> None:
+        """Give room back to the host in the background, if it is worth the trouble."""
+        if freed_bytes >= _WORTH_TRIMMING_BYTES:
+            self.processes.lifetime.start_soon(trio.to_thread.run_sync, self.disk.trim)
 
     async def bring_up_network(self) -> None:
         """Configure the VM's interface, where the boot configuration says how; else it is as it

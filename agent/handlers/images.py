@@ -67,6 +67,8 @@ async def garbage_collect(
     images = await services.images.passed(ErrorCode.GC_FAILED)
     collection = await images.garbage.collect(dry_run=request.dry_run, purge_all=request.purge_all)
     garbage = collection.garbage
+    if not request.dry_run:
+        services.trim_after(garbage.total_bytes)
     return responses.Ok(
         CollectedGarbage(
             dry_run=request.dry_run,

@@ -23,15 +23,14 @@ from agent.linux.mount import (
     mount,
     umount2,
 )
+from agent.storage import ext4
+from agent.storage.device import is_read_only, refuse_unless_blank, signature
 from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
 
 # What hosts find at the root of the disk when they mount it in another VM.
 LAYOUT = ("overlays", "layers", "workspace")
-MIB = 1024 * 1024
-BLKID_NOTHING_FOUND = 2
-FORMAT_LIMIT_S = 120
 
 
 @attrs.frozen
@@ -49,7 +48,7 @@ class Disk:
     """Where the VM itself sees the workspace; None where the VM is not ours."""
 
     def bring_up(self) -> None:
-        """Mount the storage and make its layout; an empty device is formatted first.
+        """Mount the storage and make its layout; a device is prepared first, and grown into.
 
         Done already, by an agent that died since, it changes nothing. Blocks.
 
@@ -57,17 +56,9 @@ class Disk:
             AgentError: MOUNT_FAILED or FORMAT_FAILED, with what was found on the device.
         """
         if self.device is not None and not self.is_mounted:
-            found = signature(self.device)
-            if found is None:
-                refuse_unless_blank(self.device)
-                format_ext4(self.device)
-            elif found != "ext4":
-                raise AgentError(
-                    ErrorCode.FORMAT_FAILED,
-                    f"mount {self.device}: it holds {found}, not the ext4 of a storage disk; "
-                    "give another disk, or wipe this one",
-                )
+            prepare(self.device)
             self._mount(self.device, "ext4", MS_NOATIME)
+            ext4.grow(self.device)
         elif self.in_memory and not self.is_mounted:
             self._mount("innkeep-storage", "tmpfs", MS_NOATIME)
         with failing_as(ErrorCode.MOUNT_FAILED, f"lay out {self.directory}"):
@@ -109,64 +100,53 @@ class Disk:
             log.warning("unmount %s: %s; making it read-only", self.directory, cause_of(error))
             mount(None, self.directory, flags=MS_REMOUNT | MS_RDONLY)
 
+    def trim(self) -> None:
+        """Give back to the host what nothing occupies any more (fstrim(8)), where that can be.
+
+        Blocks, for as long as the device takes.
+        """
+        if self.device is None:
+            return
+        try:
+            subprocess.run(
+                ["fstrim", self.directory],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            # A host need not offer it.
+            log.debug("trim %s: %s", self.device, cause_of(error))
+
     def _mount(self, source: str, fstype: str, flags: int) -> None:
         with failing_as(ErrorCode.MOUNT_FAILED, f"mount {source} as {fstype}"):
             self.directory.mkdir(parents=True, exist_ok=True)
             mount(source, self.directory, fstype=fstype, flags=flags)
 
 
-def signature(device: str) -> str | None:
-    """What blkid(8) sees on the device ("ext4", "dos"), or None where it sees nothing.
+def prepare(device: str) -> None:
+    """Let ``device``, which is not mounted, hold an ext4 that can be: whose data stay, if any.
 
     Raises:
-        AgentError: MOUNT_FAILED; the device cannot be probed.
+        AgentError: FORMAT_FAILED: it holds something else. MOUNT_FAILED: it cannot be read or
+            written, or its ext4 is damaged or cut off.
     """
-    with failing_as(ErrorCode.MOUNT_FAILED, f"probe {device}"):
-        probe = subprocess.run(
-            ["blkid", "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", device],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=FORMAT_LIMIT_S,
+    found = signature(device)
+    with failing_as(ErrorCode.MOUNT_FAILED, f"look at {device}"):
+        if is_read_only(device):
+            raise AgentError(
+                ErrorCode.MOUNT_FAILED,
+                f"mount {device}: the disk is read-only, and is to be written to; "
+                "attach it for writing",
+            )
+    if found is None:
+        refuse_unless_blank(device)
+        ext4.make(device)
+    elif found == "ext4":
+        ext4.check(device)
+    else:
+        raise AgentError(
+            ErrorCode.FORMAT_FAILED,
+            f"mount {device}: it holds {found}, not the ext4 of a storage disk; "
+            "give another disk, or wipe this one",
         )
-        if probe.returncode == BLKID_NOTHING_FOUND:
-            return None
-        probe.check_returncode()
-    found = probe.stdout.decode(errors="replace").split()
-    return found[0] if found else "a signature of no known type"
-
-
-def refuse_unless_blank(device: str) -> None:
-    """blkid does not know everything: only a device whose ends are zero counts as empty.
-
-    Raises:
-        AgentError: FORMAT_FAILED; there is something in its first or last MiB.
-    """
-    with failing_as(ErrorCode.FORMAT_FAILED, f"read {device}"), Path(device).open("rb") as disk:
-        for offset, whence in ((0, os.SEEK_SET), (-MIB, os.SEEK_END)):
-            try:
-                disk.seek(offset, whence)
-            except OSError:
-                disk.seek(0)
-            if any(disk.read(MIB)):
-                raise AgentError(
-                    ErrorCode.FORMAT_FAILED,
-                    f"format {device}: it holds data of no known file system; "
-                    "zero its first and last MiB if it is to be storage",
-                )
-
-
-def format_ext4(device: str) -> None:
-    """Make an ext4 file system, all of it for us: no blocks are kept back for root. Blocks.
-
-    Raises:
-        AgentError: FORMAT_FAILED, with mke2fs's own words.
-    """
-    with failing_as(ErrorCode.FORMAT_FAILED, f"format {device}"):
-        subprocess.run(
-            ["mke2fs", "-q", "-t", "ext4", "-m", "0", "-L", "innkeep", device],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=True,
-            timeout=FORMAT_LIMIT_S,
-        )
-    log.info("formatted %s, which was empty", device)

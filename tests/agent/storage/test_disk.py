@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from agent.errors import AgentError
-from agent.storage import disk
-from agent.storage.disk import Disk
+from agent.storage import device as devices
+from agent.storage import ext4
+from agent.storage.disk import Disk, prepare
 from agent.storage.usage import usage_of
 from protocol.errors import ErrorCode
 
@@ -26,13 +27,13 @@ def device(tmp_path: Path) -> Path:
 
 
 def test_an_empty_disk_has_no_signature_and_counts_as_blank(device: Path) -> None:
-    assert disk.signature(str(device)) is None
-    disk.refuse_unless_blank(str(device))
+    assert devices.signature(str(device)) is None
+    devices.refuse_unless_blank(str(device))
 
 
 def test_a_formatted_disk_is_recognised(device: Path) -> None:
-    disk.format_ext4(str(device))
-    assert disk.signature(str(device)) == "ext4"
+    ext4.make(str(device))
+    assert devices.signature(str(device)) == "ext4"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_what_others_put_on_a_disk_is_recognised(
     subprocess.run(
         [*command, device], input=b"label: dos\n,\n", check=True, stdout=subprocess.DEVNULL
     )
-    assert disk.signature(str(device)) == found
+    assert devices.signature(str(device)) == found
 
 
 @pytest.mark.parametrize("position", [0, MIB - 1, 15 * MIB, 16 * MIB - 1])
@@ -58,7 +59,7 @@ def test_a_disk_with_unknown_data_at_either_end_is_never_blank(device: Path, pos
         file.seek(position)
         file.write(b"x")
     with pytest.raises(AgentError, match="data of no known file system") as refusal:
-        disk.refuse_unless_blank(str(device))
+        devices.refuse_unless_blank(str(device))
     assert refusal.value.code is ErrorCode.FORMAT_FAILED
     assert str(device) in refusal.value.message
 
@@ -67,7 +68,7 @@ def test_a_disk_smaller_than_its_ends_is_looked_at_whole(tmp_path: Path) -> None
     small = tmp_path / "small"
     small.write_bytes(bytes(1000) + b"x")
     with pytest.raises(AgentError):
-        disk.refuse_unless_blank(str(small))
+        devices.refuse_unless_blank(str(small))
 
 
 def test_a_disk_that_holds_something_else_is_named_and_left_as_it_is(
@@ -84,6 +85,56 @@ def test_a_disk_that_holds_something_else_is_named_and_left_as_it_is(
 def test_a_disk_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(AgentError, match="/nowhere/vdx"):
         Disk(tmp_path / "storage", device="/nowhere/vdx").bring_up()
+
+
+def damaged(device: Path, *commands: str) -> None:
+    """An ext4 that debugfs(8) has had its way with; it was then left with an error."""
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-O", "^metadata_csum", device], check=True)
+    for command in (*commands, "ssv state 2"):
+        subprocess.run(["debugfs", "-w", "-R", command, device], check=True, capture_output=True)
+
+
+def test_a_file_system_that_was_left_in_good_order_is_not_touched(device: Path) -> None:
+    ext4.make(str(device))
+    before = device.read_bytes()
+    prepare(str(device))
+    assert device.read_bytes() == before
+
+
+def test_what_can_be_mended_without_loss_is(device: Path) -> None:
+    damaged(device, "ssv free_blocks_count 1")
+    assert not ext4.Superblock.read(str(device)).is_clean
+    prepare(str(device))
+    assert ext4.Superblock.read(str(device)).is_clean
+    checked = subprocess.run(["e2fsck", "-fn", device], capture_output=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_what_cannot_be_mended_without_loss_is_told(device: Path) -> None:
+    damaged(device, "clri <2>")
+    with pytest.raises(AgentError, match=f"mount {device}: .*run e2fsck on the disk") as refusal:
+        prepare(str(device))
+    assert refusal.value.code is ErrorCode.MOUNT_FAILED
+    assert devices.signature(str(device)) == "ext4"
+
+
+def test_a_disk_that_was_cut_off_is_told_with_both_sizes_and_left_as_it_is(device: Path) -> None:
+    ext4.make(str(device))
+    with device.open("r+b") as file:
+        file.truncate(8 * MIB)
+    before = device.read_bytes()
+    with pytest.raises(AgentError, match=f"has {16 * MIB} bytes .* only {8 * MIB}"):
+        prepare(str(device))
+    assert device.read_bytes() == before
+
+
+@pytest.mark.parametrize("block_bytes", [1024, 4096])
+@pytest.mark.parametrize("option", ["64bit", "^64bit"])
+def test_a_file_systems_size_is_known(device: Path, block_bytes: int, option: str) -> None:
+    blocks = 12 * MIB // block_bytes
+    options = ["-b", str(block_bytes), "-O", option]
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", *options, device, str(blocks)], check=True)
+    assert ext4.Superblock.read(str(device)).size_bytes == 12 * MIB
 
 
 def test_a_plain_directory_gets_the_layout_and_keeps_what_it_has(tmp_path: Path) -> None:
