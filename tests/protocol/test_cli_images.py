@@ -48,6 +48,20 @@ async def test_gc_asks_for_what_its_options_say(
     assert result.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["gc", "export-layer", "flatten-layers"]),
+        (["gc"], ["--purge", "--dry-run"]),
+        (["export-layer"], ["IMAGE", "INDEX", "--output"]),
+        (["flatten-layers"], ["LOWERDIR", "--output"]),
+    ],
+)
+async def test_help_tells_of_them(arguments: list[str], words: list[str]) -> None:
+    result = await innkeep(*arguments, "--help")
+    assert all(word in result.stdout.decode() for word in words)
+
+
 async def test_gc_prints_what_went_and_how_much_that_was(path: Path) -> None:
     answers = {requests.GarbageCollect: [[responses.Ok(GARBAGE)]]}
     result, _ = await with_answers(path, answers, "gc", "--purge")

@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from attrs import fields, frozen
@@ -44,8 +44,10 @@ Tree = dict[str, Entry]
 _PROPERTIES = [attribute.name for attribute in fields(Entry)]
 
 
-def describe(root: Path) -> Tree:
+def describe(root: Path, passed_over: Callable[[Path], bool] = lambda path: False) -> Tree:
     """Everything below `root`, by its path from there; `.` is `root` itself.
+
+    But for what is `passed_over`, which is no directory.
 
     Names that are no UTF-8 are decoded with surrogate escapes. Stays on no file system in
     particular: what is mounted below is described too.
@@ -54,7 +56,8 @@ def describe(root: Path) -> Tree:
     for directory, subdirectories, files in os.walk(root, onerror=_fail):
         for name in subdirectories + files:
             path = Path(directory) / name
-            paths[str(path.relative_to(root))] = path
+            if not passed_over(path):
+                paths[str(path.relative_to(root))] = path
     found = {name: path.lstat() for name, path in paths.items()}
     inodes: dict[tuple[int, int], list[str]] = defaultdict(list)
     for name, status in found.items():

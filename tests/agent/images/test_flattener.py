@@ -1,6 +1,8 @@
 """Layers flattened into one directory are what the kernel's overlayfs shows of them."""
 
 import os
+import random
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +15,13 @@ from agent.images.content_store import ContentStore
 from agent.images.flattener import LayerFlattener
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
+from agent.images.tree_removal import remove_tree
 from agent.linux.mount import mount, umount2
 from protocol.errors import ErrorCode
 from tests.agent.images.building import build, image_of, stored_image
 from tests.support import trees
 from tests.support.commands import run
+from tests.support.rounds import rounds
 from tests.support.tarballs import directory, entry, tarball
 from tests.support.tree import Tree, describe, differences
 
@@ -85,6 +89,53 @@ async def test_whiteouts_and_opaque_directories_are_the_kernels(
     lowerdirs = [mounted(layers, builder) for builder in builders]
     with merged(tmp_path / "merged", *lowerdirs) as kernels:
         assert differences(describe(kernels), await flat(flattener, out, *lowerdirs)) == []
+
+
+NAMES = ("a", "b", "c")
+
+
+def grow(chance: random.Random, directory: Path, depth: int) -> None:
+    """Fill a layer's directory with anything that means something to overlayfs."""
+    for name in NAMES:
+        path = directory / name
+        match chance.choice(("nothing", "nothing", "file", "link", "whiteout", "directory")):
+            case "file":
+                path.write_text(f"{chance.random()}")
+                path.chmod(chance.choice((0o644, 0o4755)))
+            case "link":
+                path.symlink_to(chance.choice(NAMES))
+            case "whiteout":
+                os.mknod(path, stat.S_IFCHR, os.makedev(0, 0))
+            case "directory" if depth:
+                path.mkdir()
+                grow(chance, path, depth - 1)
+                path.chmod(chance.choice((0o755, 0o1777)))
+                if chance.random() < 0.3:
+                    os.setxattr(path, "trusted.overlay.opaque", b"y")
+        if os.path.lexists(path):
+            seconds = chance.randrange(10**9)
+            os.utime(path, (seconds, seconds), follow_symlinks=False)
+
+
+async def test_whatever_layers_there_are_it_is_what_the_kernel_shows(
+    flattener: LayerFlattener, tmp_path: Path
+) -> None:
+    for seed in range(rounds(quick=60, soak=5000)):
+        chance = random.Random(seed)
+        place = tmp_path / f"{seed}"
+        lowerdirs = [place / f"layer{n}" for n in range(chance.randint(2, 5))]
+        for lowerdir in lowerdirs:
+            make(lowerdir)
+            grow(chance, lowerdir, depth=3)
+        # The kernel wants two, of which ours skips those that are empty.
+        (lowerdirs[-1] / "bottom").touch()
+        (lowerdirs[0] / "top").touch()
+        with merged(place / "merged", *lowerdirs) as kernels:
+            # It lists whiteouts in a directory that one layer alone has; they cannot be found.
+            expected = describe(kernels, passed_over=lambda path: not os.path.lexists(path))
+        actual = await flat(flattener, place / "flat/out", *lowerdirs)
+        assert differences(expected, actual) == [], seed
+        remove_tree(place)
 
 
 async def test_links_attributes_modes_owners_times_devices_and_names_are_kept(

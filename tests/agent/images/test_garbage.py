@@ -24,6 +24,7 @@ from agent.images.puller import Puller
 from agent.images.reference import parse_reference
 from agent.images.registries import RegistrySettings
 from agent.images.tree_removal import remove_tree
+from agent.linux.mount import mount, umount2
 from protocol.errors import ErrorCode
 from protocol.values import OverlayInfo
 from tests.agent.images.building import digest_of, stored_image
@@ -33,6 +34,14 @@ from tests.support.rounds import rounds
 from tests.support.tarballs import directory, entry, tarball
 
 PROJECT = Path(__file__).parents[3]
+
+
+def files_of_loop_devices() -> list[str]:
+    return [path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
+
+
+def make(directory: Path) -> None:
+    directory.mkdir()
 
 
 def tar_of(name: str) -> bytes:
@@ -241,6 +250,22 @@ async def test_an_overlay_whose_record_is_damaged_stops_it_before_anything_is_lo
     assert "overlays/web/overlay.json; clean that overlay up first" in raised.value.message
     assert whole.files() == files
     assert len(whole.store.images()) == 1
+
+
+async def test_a_storage_in_memory_is_left_no_loop_device(tmp_path: Path, mkfs_erofs: str) -> None:
+    ram = tmp_path / "ram"
+    make(ram)
+    mount("tmpfs", ram, fstype="tmpfs")
+    try:
+        layers, claims = LayerStore(ram, mkfs_erofs), LayerClaims()
+        whole = Storage(ram, ContentStore(ram), layers, Overlays(ram, layers, claims), claims)
+        image = whole.image("image", "one", "two")
+        assert whole.read(image) == ["one", "two"]
+        await whole.collect(purge_all=True)
+        assert whole.files() == set()
+    finally:
+        umount2(ram)
+    assert not [file for file in files_of_loop_devices() if str(ram) in file]
 
 
 async def test_sizes_are_known_without_walking_through_any_layer(whole: Storage) -> None:
