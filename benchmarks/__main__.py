@@ -1,6 +1,6 @@
 """Run all benchmarks, or those that are named, or single rows of one:
 
-python -m benchmarks [--quick] [startup] [boot] [processes] [pulls] [store] [processes:ROW]...
+python -m benchmarks [--quick] [startup] [boot] [processes] [files] [pulls] [store] [pulls:ROW]...
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import boot, processes, pulls, startup, store
+from benchmarks import boot, files, processes, pulls, startup, store
 
 ROOTFS = Path("build/rootfs")
 WHOLE = {"startup": startup.measure, "boot": boot.measure}
 BY_ROWS = {
     "processes": (processes.measure, tuple(processes.ROWS)),
+    "files": (files.measure, tuple(files.ROWS)),
     "pulls": (pulls.measure, tuple(pulls.ROWS)),
     "store": (store.measure, tuple(store.ROWS)),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.guest import commands, containers, pings, streams, upkeep
+from benchmarks.guest import commands, containers, files, pings, streams, upkeep
 from benchmarks.guest.row import Setting
 
 # What a row comes to is printed by str().
@@ -21,4 +21,10 @@ ROWS: Mapping[str, Callable[[Setting], object]] = {
     "loaded-ping": pings.loaded_ping,
     "sleepers": upkeep.sleepers,
     "soak": upkeep.soak,
+}
+
+FILES: Mapping[str, Callable[[Setting], object]] = {
+    "upload": files.upload,
+    "download": files.download,
+    "small-files": files.small_files,
 }

@@ -80,7 +80,6 @@ async def test_what_is_no_json_object_is_refused_and_the_connection_goes_on(
     ("method", "fields"),
     [
         ("export_layer", {"image_digest": "sha256:0", "layer_index": 0}),
-        ("garbage_collect", {"dry_run": True}),
         ("network_test", {"url": "http://127.0.0.1/"}),
     ],
 )
