@@ -62,10 +62,13 @@ def failure_of(error: BaseException, host: str, limits: TimeLimits) -> RegistryE
                     unreachable=True,
                 )
             case ssl.SSLCertVerificationError():
-                return RegistryError(
-                    f"{host} is not trusted: {cause.verify_message}; if its CA is a private one, "
-                    f"add --registry-ca {host}=FILE"
-                )
+                hint = ""
+                if cause.verify_code in _UNKNOWN_ISSUER:
+                    hint = f"; if its CA is a private one, add --registry-ca {host}=FILE"
+                elif cause.verify_code in _OUT_OF_DATE:
+                    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+                    hint = f"; this machine's clock says {now} UTC"
+                return RegistryError(f"{host} is not trusted: {cause.verify_message}{hint}")
             case ssl.SSLError() if cause.reason in _PLAIN_HTTP:
                 return RegistryError(
                     f"{host} does not speak TLS; if it is meant to be used over plain HTTP, "
@@ -133,6 +136,9 @@ def refusal_of(response: requests.Response, hint: str) -> RegistryError:
     )
 
 
+# X509_STORE_CTX_get_error(3): self-signed, or an issuer that is not at hand; not yet, no longer.
+_UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
+_OUT_OF_DATE = frozenset({9, 10})
 # OpenSSL's reasons when what answers a ClientHello is no TLS.
 _PLAIN_HTTP = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
 

@@ -1,6 +1,7 @@
 """A private CA, and what it issues, as the PEM files that servers and clients want."""
 
 import ssl
+from datetime import datetime
 from pathlib import Path
 
 import trustme
@@ -31,10 +32,10 @@ class PrivateCa:
         self.path = directory / "ca.pem"
         self._ca.cert_pem.write_to_path(str(self.path))
 
-    def issue(self, *hosts: str) -> Certificate:
+    def issue(self, *hosts: str, not_after: datetime | None = None) -> Certificate:
         """A certificate of those hosts; for a client any will do."""
         self._issued += 1
-        issued = self._ca.issue_cert(*hosts)
+        issued = self._ca.issue_cert(*hosts, not_after=not_after)
         paths = Certificate(
             self._directory / f"certificate-{self._issued}.pem",
             self._directory / f"key-{self._issued}.pem",

@@ -8,13 +8,15 @@ import pytest
 import trio
 
 from agent.images.registries import RegistrySettings
-from initramfs.local_registry import LocalRegistry
+from initramfs.local_registry import LocalRegistry, local_registry
 from protocol.values import RegistryAuth
 from tests.agent.images.pulling import Pulling, noise
 from tests.support.certificates import PrivateCa
 from tests.support.images import Images
+from tests.support.layout import Layout, gzip_layer
 from tests.support.misbehaving_registry import MisbehavingRegistry, misbehaving_registry, silent
 from tests.support.proxy import Proxy, http_proxy
+from tests.support.registry import push
 
 AUTH = RegistryAuth("user", "correct horse")
 
@@ -65,6 +67,29 @@ async def test_https_passes_through_a_tunnel_that_the_proxy_cannot_look_into(
     await pulling.pull(f"{name}/test/image", proxy=proxy.address, auth=AUTH)
     assert set(proxy.requests) == {f"CONNECT {name}"}
     assert secure.requests
+
+
+async def test_docker_io_is_asked_at_its_real_host_for_what_is_in_library(
+    tmp_path: Path, proxy: Proxy, ca: PrivateCa
+) -> None:
+    """A real registry in the place of docker.io's, which only the proxy knows a way to."""
+    host = "registry-1.docker.io"
+    served = ca.issue(host)
+    layout = Layout(tmp_path / "layout")
+    layout.tag("1.0", layout.add_manifest([gzip_layer(b"not a tar")], {}))
+    with (
+        local_registry() as plain,
+        local_registry(
+            certificate=served.certificate, key=served.key, storage_dir=plain.storage_dir
+        ) as hub,
+    ):
+        push(plain, layout.directory, "1.0", "library/busybox")
+        proxy.resolve[f"{host}:443"] = hub.address
+        pulling = pulling_with(tmp_path, ca_files={"docker.io": ca.path})
+        image = await pulling.pull("busybox:1.0", proxy=proxy.address)
+        assert image.reference == "docker.io/library/busybox:1.0"
+        assert set(proxy.requests) == {f"CONNECT {host}:443"}
+        assert "GET /v2/library/busybox/manifests/1.0 HTTP/1.1" in hub.access_log.read_text()
 
 
 async def test_a_proxy_gets_its_own_credentials_and_the_registry_none_of_them(

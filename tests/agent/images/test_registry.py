@@ -2,13 +2,12 @@
 
 import json
 import socket
-import ssl
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import trustme
 
 from agent.images.manifest import Descriptor
 from agent.images.mirrored_registry import MirroredRegistry
@@ -16,6 +15,7 @@ from agent.images.reference import Reference, parse_reference
 from agent.images.registries import RegistryError, RegistrySettings
 from initramfs.local_registry import LocalRegistry, local_registry
 from protocol.values import RegistryAuth
+from tests.support.certificates import PrivateCa
 from tests.support.layout import MANIFEST, Layout, digest_of, gzip_layer
 from tests.support.misbehaving_registry import (
     Fault,
@@ -60,24 +60,14 @@ def read(client: MirroredRegistry, digest: str, offset: int = 0) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A private CA's certificate, and a certificate and key of 127.0.0.1 by it, as PEM files."""
-    directory = tmp_path_factory.mktemp("certificates")
-    ca = trustme.CA()
-    issued = ca.issue_cert("127.0.0.1")
-    paths = {name: directory / f"{name}.pem" for name in ("ca", "certificate", "key")}
-    ca.cert_pem.write_to_path(str(paths["ca"]))
-    for position, part in enumerate(issued.cert_chain_pems):
-        part.write_to_path(str(paths["certificate"]), append=position > 0)
-    issued.private_key_pem.write_to_path(str(paths["key"]))
-    return paths
+def ca(tmp_path_factory: pytest.TempPathFactory) -> PrivateCa:
+    return PrivateCa(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture(scope="module")
-def https(certificates: dict[str, Path]) -> Iterator[LocalRegistry]:
-    with local_registry(
-        certificate=certificates["certificate"], key=certificates["key"]
-    ) as registry:
+def https(ca: PrivateCa) -> Iterator[LocalRegistry]:
+    served = ca.issue("127.0.0.1")
+    with local_registry(certificate=served.certificate, key=served.key) as registry:
         yield registry
 
 
@@ -91,20 +81,20 @@ def pushed(registry: LocalRegistry, directory: Path) -> Reference:
 
 
 def test_a_registry_with_a_private_ca_is_trusted_where_the_configuration_names_it(
-    https: LocalRegistry, certificates: dict[str, Path], tmp_path: Path
+    https: LocalRegistry, ca: PrivateCa, tmp_path: Path
 ) -> None:
     reference = pushed(https, tmp_path)
-    settings = RegistrySettings(ca_files={reference.registry: certificates["ca"]})
+    settings = RegistrySettings(ca_files={reference.registry: ca.path})
     with MirroredRegistry(reference, settings, None) as client:
         data, _ = client.get_manifest("latest")
         assert client.head_manifest("latest") == digest_of(data)
 
 
 def test_a_registry_with_a_private_ca_is_not_trusted_otherwise(
-    https: LocalRegistry, certificates: dict[str, Path], tmp_path: Path
+    https: LocalRegistry, ca: PrivateCa, tmp_path: Path
 ) -> None:
     reference = pushed(https, tmp_path)
-    others = RegistrySettings(ca_files={"registry.example": certificates["ca"]})
+    others = RegistrySettings(ca_files={"registry.example": ca.path})
     with (
         MirroredRegistry(reference, others, None) as client,
         pytest.raises(RegistryError, match=f"--registry-ca {reference.registry}=FILE") as failed,
@@ -112,6 +102,37 @@ def test_a_registry_with_a_private_ca_is_not_trusted_otherwise(
         client.get_manifest("latest")
     assert "is not trusted" in str(failed.value)
     assert not failed.value.transient
+
+
+def test_a_certificate_that_is_out_of_date_is_told_with_the_machines_own_time(
+    ca: PrivateCa,
+) -> None:
+    """More often than not it is the clock that is wrong."""
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    context = ca.issue("127.0.0.1", not_after=yesterday).context()
+    with misbehaving_registry(tls=context) as server:
+        settings = RegistrySettings(ca_files={server.address: ca.path})
+        reference = parse_reference(server.reference())
+        clock = (
+            r"certificate has expired; this machine's clock says 20\d\d-\d\d-\d\d \d\d:\d\d UTC$"
+        )
+        with (
+            MirroredRegistry(reference, settings, None) as client,
+            pytest.raises(RegistryError, match=clock),
+        ):
+            client.get_manifest("latest")
+
+
+def test_a_certificate_of_another_host_is_refused(ca: PrivateCa) -> None:
+    with misbehaving_registry(tls=ca.issue("other.example").context()) as server:
+        settings = RegistrySettings(ca_files={server.address: ca.path})
+        reference = parse_reference(server.reference())
+        with (
+            MirroredRegistry(reference, settings, None) as client,
+            pytest.raises(RegistryError, match=r"is not trusted: .* '127\.0\.0\.1'"),
+        ):
+            client.get_manifest("latest")
+    assert not server.requests
 
 
 def test_a_ca_file_that_is_not_there_is_named(https: LocalRegistry, tmp_path: Path) -> None:
@@ -139,13 +160,11 @@ def test_plain_http_is_spoken_only_to_registries_that_the_configuration_names(
 
 
 def test_https_is_never_left_for_plain_http_by_a_redirect(
-    certificates: dict[str, Path], server: MisbehavingRegistry
+    ca: PrivateCa, server: MisbehavingRegistry
 ) -> None:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificates["certificate"], certificates["key"])
-    with misbehaving_registry(tls=context) as secure:
+    with misbehaving_registry(tls=ca.issue("127.0.0.1").context()) as secure:
         secure.misbehave("manifests/latest", redirect(f"http://{server.address}/v2/x"))
-        settings = RegistrySettings(ca_files={secure.address: certificates["ca"]})
+        settings = RegistrySettings(ca_files={secure.address: ca.path})
         with (
             MirroredRegistry(parse_reference(secure.reference()), settings, None) as client,
             pytest.raises(RegistryError, match="which is not HTTPS"),
