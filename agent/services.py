@@ -29,6 +29,7 @@ from agent.images.registries import RegistrySettings
 from agent.images.registry_hosts import problems
 from agent.network import links
 from agent.network.host import Host
+from agent.network.probe import Probe
 from agent.processes.container import ContainerRuntime
 from agent.processes.limits import Limits
 from agent.processes.oom_protection import OomProtection
@@ -81,6 +82,7 @@ class Services:
     images: Gate[Images]
     shares: Shares = attrs.field(factory=Shares)
     network: Gate[None] = attrs.field(factory=Gate)
+    probe: Probe = attrs.field(factory=Probe)
     stopped: trio.Event = attrs.field(factory=trio.Event)
     """Set when the machine may be powered off."""
     _stopping: bool = False

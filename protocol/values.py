@@ -134,6 +134,46 @@ class StorageStatus:
     image_count: U64
 
 
+@attrs.frozen
+class NameResolution:
+    """The first step to a URL: ``addresses`` are those of its host."""
+
+    ok: bool
+    duration_ms: U64
+    error: str | None = None
+    addresses: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class TcpConnect:
+    """The second step: ``address`` is what took the connection, HOST:PORT."""
+
+    ok: bool
+    duration_ms: U64
+    error: str | None = None
+    address: str | None = None
+
+
+@attrs.frozen
+class HttpRequest:
+    """The last step: ``status`` is the answer's, any of which tells that the network works."""
+
+    ok: bool
+    duration_ms: U64
+    error: str | None = None
+    status: U16 | None = None
+
+
+@attrs.frozen
+class NetworkReport:
+    """How far the VM gets on its way to a URL. ``ok`` is whether all the way."""
+
+    ok: bool
+    dns: NameResolution
+    tcp: TcpConnect
+    http: HttpRequest
+
+
 @attrs.frozen(kw_only=True)
 class FileInfo:
     """What lstat(2) or stat(2) tells of a file; ``mode`` are permission bits.

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from agent.channel import Channel
-from agent.errors import AgentError
 from agent.handlers.containers import run
 from agent.handlers.file_tree import file_list, file_mkdir, file_remove, file_stat
 from agent.handlers.files import file_read, file_write, file_write_begin, file_write_chunk
@@ -18,27 +17,16 @@ from agent.handlers.images import (
     pull,
     query,
 )
-from agent.handlers.machine import format_storage, shutdown, storage_status
+from agent.handlers.machine import format_storage, network_test, shutdown, storage_status
 from agent.handlers.overlays import cleanup_overlay, prepare_overlay
 from agent.handlers.processes import vm_exec
 from agent.handlers.tar_streams import tar_read, tar_write
 from agent.services import Services
 from protocol import AgentResponse, requests
-from protocol.errors import ErrorCode
 
 # A handler takes its own request class, which a mapping over all of them cannot say.
 # None: the request has had its final answer, and ended later.
 Handler = Callable[[Any, Channel, Services], Awaitable[AgentResponse | None]]
-
-
-def unsupported(method: str) -> Handler:
-    """A handler that refuses ``method``, which this version knows and does not offer."""
-
-    async def refuse(request: object, channel: Channel, services: Services) -> AgentResponse:
-        raise AgentError(ErrorCode.INVALID_REQUEST, f"{method}: not supported by this version")
-
-    refuse.__name__ = method
-    return refuse
 
 
 HANDLERS: Mapping[type, Handler] = {
@@ -50,7 +38,7 @@ HANDLERS: Mapping[type, Handler] = {
     requests.CleanupOverlay: cleanup_overlay,
     requests.FormatStorage: format_storage,
     requests.StorageStatus: storage_status,
-    requests.NetworkTest: unsupported("network_test"),
+    requests.NetworkTest: network_test,
     requests.Shutdown: shutdown,
     requests.ExportLayer: export_layer,
     requests.VmExec: vm_exec,

@@ -50,6 +50,14 @@ async def format_storage(
     return responses.Ok()
 
 
+async def network_test(
+    request: requests.NetworkTest, channel: Channel, services: Services
+) -> AgentResponse:
+    # Also where it could not be brought up: the report says what that means.
+    await services.network.decided()
+    return responses.Ok(await services.probe.report(request.url))
+
+
 async def shutdown(
     request: requests.Shutdown, channel: Channel, services: Services
 ) -> AgentResponse:

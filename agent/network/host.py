@@ -36,17 +36,19 @@ class Host:
         """
         if self.sockets is None and not self.reachable:
             raise OSError(errno.EHOSTUNREACH, f"{os.strerror(errno.EHOSTUNREACH)} without vsock")
-        family = socket.AF_VSOCK if self.sockets is None else socket.AF_UNIX
+        family, where = (
+            (socket.AF_VSOCK, (Cid.HOST, port))
+            if self.sockets is None
+            else (socket.AF_UNIX, f"{self.sockets}_{port}")
+        )
         connection = trio.socket.socket(family, socket.SOCK_STREAM)
         try:
             with trio.fail_after(CONNECT_S):
-                await connection.connect(
-                    (Cid.HOST, port) if self.sockets is None else f"{self.sockets}_{port}"
-                )
-        except trio.TooSlowError:
+                await connection.connect(where)
+        except BaseException as error:
             connection.close()
-            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
-        except BaseException:
-            connection.close()
-            raise
+            if not isinstance(error, OSError | trio.TooSlowError):
+                raise
+            number = getattr(error, "errno", None) or errno.ETIMEDOUT
+            raise OSError(number, os.strerror(number)) from error
         return trio.SocketStream(connection)

@@ -16,7 +16,13 @@ from protocol.cli.execution import PullPolicy
 from protocol.cli.export import STDOUT, export_layer
 from protocol.cli.pull import pull
 from protocol.client import AgentClient
-from protocol.values import CollectedGarbage, ImageInfo, PullPlan, StorageStatus
+from protocol.values import (
+    CollectedGarbage,
+    ImageInfo,
+    NetworkReport,
+    PullPlan,
+    StorageStatus,
+)
 
 PULL_PLAN: Final = "pull-plan-v1"
 _FAILED: Final = 1
@@ -179,6 +185,23 @@ def gc(
         output.print_json(answer)
         return
     output.print_garbage(decode_value(answer.data, CollectedGarbage))
+
+
+@app.command(name="network-test")
+def network_test(
+    context: typer.Context,
+    url: Annotated[str, typer.Argument(metavar="URL", help="What to reach, http or https.")],
+) -> None:
+    """Say how far the VM gets on its way to a URL."""
+    settings = settings_of(context)
+    answer = _ask(settings, requests.NetworkTest(url))
+    report = decode_value(answer.data, NetworkReport)
+    if settings.json:
+        output.print_json(answer)
+    else:
+        output.print_network_report(report)
+    if not report.ok:
+        raise typer.Exit(_FAILED)
 
 
 @app.command(name="export-layer")

@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from protocol import encode, responses
-from protocol.values import CollectedGarbage, ImageInfo, PullPlan
+from protocol.values import CollectedGarbage, ImageInfo, NetworkReport, PullPlan
 
 _SHOWN_DIGEST = 12
 _WIDE = 10_000
@@ -104,6 +104,17 @@ def print_garbage(garbage: CollectedGarbage) -> None:
             print(f"{kind}: {name}")
     verb = "would be freed" if garbage.dry_run else "freed"
     print(f"{decimal(garbage.freed_bytes)} {verb}")
+
+
+def print_network_report(report: NetworkReport) -> None:
+    """The steps of ``innkeep network-test``, each with what came of it."""
+    dns, tcp, http = report.dns, report.tcp, report.http
+    for name, duration_ms, outcome in (
+        ("name", dns.duration_ms, dns.error or ", ".join(dns.addresses)),
+        ("connect", tcp.duration_ms, tcp.error or tcp.address),
+        ("http", http.duration_ms, http.error or f"status {http.status}"),
+    ):
+        print(f"{name:<8} {duration_ms:>5} ms  {outcome}")
 
 
 def short_digest(digest: str) -> str:

@@ -35,7 +35,9 @@ udp.settimeout(30)
 for _ in range(many):
     answer = udp.recv(65535)
     number, flags = struct.unpack_from("!HH", answer)
-    print(number, flags & 0xF, socket.inet_ntoa(answer[-4:]))
+    # The record begins with a pointer to the name, and ten bytes of other things.
+    address = answer.index(b"\\xc0\\x0c") + 12
+    print(number, flags & 0xF, socket.inet_ntoa(answer[address:address + 4]))
 """
 """A Python program that asks for so many names at once as its argument says: see `answered`."""
 

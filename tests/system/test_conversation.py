@@ -76,22 +76,6 @@ async def test_what_is_no_json_object_is_refused_and_the_connection_goes_on(
         assert is_pong(await wire.ask("ping"))
 
 
-@pytest.mark.parametrize(
-    ("method", "fields"),
-    [
-        ("export_layer", {"image_digest": "sha256:0", "layer_index": 0}),
-        ("network_test", {"url": "http://127.0.0.1/"}),
-    ],
-)
-async def test_methods_of_later_versions_are_known_and_refused(
-    machine: Machine, method: str, fields: dict[str, object]
-) -> None:
-    async with open_wire(machine.address) as wire:
-        answer = await wire.ask(method, **fields)
-    assert answer["code"] == "INVALID_REQUEST"
-    assert "not supported by this version" in str(answer["message"])
-
-
 async def test_stdin_and_resize_without_a_session_get_no_answer(machine: Machine) -> None:
     async with open_wire(machine.address) as wire:
         await wire.send({"method": "stdin", "data": "eA=="})

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -16,6 +17,7 @@ from tests.support.host_ports import HostPorts
 from tests.support.images import Images
 from tests.support.machine import Machine, booted
 from tests.support.name_server import ASK_AT_ONCE, Dig, answered, filtered, name_server
+from tests.support.wire import Answer, open_wire
 
 
 @frozen
@@ -91,6 +93,34 @@ async def test_a_thousand_queries_at_once_are_all_answered(filtering: Filtering,
 async def test_without_a_filter_on_the_host_names_fail_at_once(filtering: Filtering) -> None:
     assert "status: SERVFAIL" in await filtering.dig("a.test", "+tries=1")
     assert "status: SERVFAIL" in await filtering.dig("a.test", "+tcp", "+tries=1")
+
+
+async def test_a_report_says_how_far_a_url_is_reached(filtering: Filtering, dig: Dig) -> None:
+    async with open_wire(filtering.machine.address) as wire:
+        answer = await wire.ask("network_test", url="http://nowhere.example/")
+        assert answer["status"] == "ok"
+        report = reported(answer)
+        assert list(report) == ["ok", "dns", "tcp", "http"]
+        assert report["ok"] is False
+        assert list(report["dns"]) == ["ok", "duration_ms", "error", "addresses"]
+        assert report["dns"]["ok"] is False
+        assert report["dns"]["error"] in ("Name or service not known", "No address associated")
+        assert report["tcp"]["error"] == report["http"]["error"] == "not tried"
+        # It has a name, and the machine no way to it.
+        report = reported(await wire.ask("network_test", url="http://a.test/"))
+        assert report["dns"]["addresses"] == ["192.0.2.1"]
+        assert report["tcp"]["error"] == "Network is unreachable: 192.0.2.1:80"
+        assert report["http"] == {
+            "ok": False,
+            "duration_ms": 0,
+            "error": "not tried",
+            "status": None,
+        }
+
+
+def reported(answer: Answer) -> dict[str, Any]:
+    assert isinstance(answer["data"], dict)
+    return answer["data"]
 
 
 async def test_the_next_agent_serves_after_ones_death(filtering: Filtering, dig: Dig) -> None:
