@@ -1,6 +1,7 @@
 """Run all benchmarks, or those that are named, or single rows of one:
 
-python -m benchmarks [--quick] [startup] [boot] [processes] [files] [pulls] [store] [pulls:ROW]...
+python -m benchmarks [--quick] [startup] [boot] [processes] [files] [pulls] [store] [trees]
+                     [pulls:ROW]...
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import boot, files, processes, pulls, startup, store
+from benchmarks import boot, files, processes, pulls, startup, store, trees
 
 ROOTFS = Path("build/rootfs")
 WHOLE = {"startup": startup.measure, "boot": boot.measure}
@@ -18,6 +19,7 @@ BY_ROWS = {
     "files": (files.measure, tuple(files.ROWS)),
     "pulls": (pulls.measure, tuple(pulls.ROWS)),
     "store": (store.measure, tuple(store.ROWS)),
+    "trees": (trees.measure, tuple(trees.ROWS)),
 }
 QUICK = "--quick"
 

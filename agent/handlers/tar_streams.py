@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from agent.channel import Channel
+from agent.errors import AgentError
 from agent.files.failure import failing_on
 from agent.files.guest_path import GuestPath, GuestRoot, Owner, closing
 from agent.files.reception import in_thread
@@ -52,6 +53,8 @@ async def tar_read(
     request: requests.TarRead, channel: Channel, services: Services
 ) -> AgentResponse:
     path = GuestPath.parse(request.path)
+    if request.name is not None and (not request.name or "\0" in request.name):
+        raise AgentError(ErrorCode.INVALID_REQUEST, "name: it is empty, or holds a NUL byte")
     name = _ALL_OF_IT
 
     def find() -> int:

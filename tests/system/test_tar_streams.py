@@ -146,6 +146,16 @@ async def test_a_running_container_is_written_to_as_it_sees_itself(
     await shell(client, "rm /storage/workspace/shared")
 
 
+async def test_the_machines_own_root_is_written_to_with_what_is_mounted_in_it(
+    machine: Machine, client: AgentClient, place: str
+) -> None:
+    inside = f"{place.removeprefix('/')}/by/root"
+    entries = [entry(inside, b"on the disk"), entry("/tmp/by-root", b"on a tmpfs")]
+    assert await write_tar(client, "/", stream(entries)) == DONE
+    assert machine.path(f"/{inside}").read_bytes() == b"on the disk"
+    assert await shell(client, "cat /tmp/by-root && rm /tmp/by-root") == "on a tmpfs"
+
+
 async def test_a_file_is_read_alone_under_its_name_or_another(
     client: AgentClient, place: str
 ) -> None:
@@ -162,6 +172,7 @@ async def test_a_file_is_read_alone_under_its_name_or_another(
         (requests.TarRead("/no/such"), "NOT_FOUND", "/no/such"),
         (requests.TarRead("/tmp/../etc"), "INVALID_REQUEST", "'..'"),
         (requests.TarRead(""), "INVALID_REQUEST", "empty"),
+        (requests.TarRead("/etc", name="a\0b"), "INVALID_REQUEST", "name"),
         (requests.TarWrite("/etc/passwd/x"), "FILE_IO_FAILED", "Not a directory"),
         (requests.TarWrite("/proc/x"), "FILE_IO_FAILED", "/proc/x"),
         (requests.TarWrite("/x", uid=2**32 - 1), "INVALID_REQUEST", "uid"),

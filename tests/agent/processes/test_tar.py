@@ -156,7 +156,7 @@ async def test_old_formats_are_read_as_well(processes: Processes, target: Path) 
     assert (target / "layers/007").read_text() == "layer 7\n"
 
 
-@pytest.mark.parametrize("called", ["etc", "a&b\\1,c[d].*", "größe"])
+@pytest.mark.parametrize("called", ["etc", "a&b\\1,c[d].*", "größe", "new\nline"])
 async def test_the_top_of_a_stream_can_have_a_name(
     processes: Processes, target: Path, called: str
 ) -> None:
@@ -170,13 +170,14 @@ async def test_the_top_of_a_stream_can_have_a_name(
     assert (target / called / "link").readlink() == Path("./hidden")
 
 
+@pytest.mark.parametrize("name", ["-rf *", "--help", "a^b[.]*$,\\1&c", "größe-🐢", "new\nline"])
 async def test_one_file_can_be_packed_under_its_own_name_or_another(
-    processes: Processes, target: Path
+    processes: Processes, target: Path, name: str
 ) -> None:
-    (target / "-rf *").write_text("x")
+    (target / name).write_text("x")
     (target / "other").write_text("y")
-    assert contents(await pack(processes, target, name="-rf *")) == {"-rf *": b"x"}
-    assert contents(await pack(processes, target, name="-rf *", called="new")) == {"new": b"x"}
+    assert contents(await pack(processes, target, name=name)) == {name: b"x"}
+    assert contents(await pack(processes, target, name=name, called="new")) == {"new": b"x"}
 
 
 async def test_what_is_made_can_be_given_to_one_owner(processes: Processes, target: Path) -> None:
