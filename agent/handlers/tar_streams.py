@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 from agent.channel import Channel
@@ -32,7 +32,7 @@ async def tar_write(
     owner = None
     if request.uid is not None or request.gid is not None:
         owner = (request.uid or _ROOT, request.gid or _ROOT)
-    with a_cancellation_is_all():
+    with a_cancellation_is_all(), _failing_to_start():
         async with (
             services.roots.opened(request.persistent_overlay_id) as site,
             _opened(partial(_made, site.root, path, owner or (_ROOT, _ROOT))) as directory,
@@ -65,7 +65,7 @@ async def tar_read(
     async def send(data: bytes) -> None:
         await channel.send(responses.DataChunk(data, done=False))
 
-    with a_cancellation_is_all():
+    with a_cancellation_is_all(), _failing_to_start():
         async with (
             services.roots.opened(request.persistent_overlay_id) as site,
             _opened(find) as directory,
@@ -82,6 +82,17 @@ async def tar_read(
                 namespace=site.root.namespace,
             )
     return responses.DataChunk(b"", done=True)
+
+
+@contextmanager
+def _failing_to_start() -> Iterator[None]:
+    """What the host asked for was files; a process is how we do it."""
+    try:
+        yield
+    except AgentError as error:
+        if error.code is not ErrorCode.SPAWN_FAILED:
+            raise
+        raise AgentError(ErrorCode.FILE_IO_FAILED, error.message) from error
 
 
 @asynccontextmanager

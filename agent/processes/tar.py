@@ -22,7 +22,6 @@ from agent.linux.identity import (
 )
 from agent.linux.syncfs import syncfs
 from agent.processes.command import DEFAULT_PATH, Command, Confinement
-from agent.processes.pipes import OutputPipe
 from agent.processes.process import Process, Stdio, Stream
 from agent.processes.service import Processes
 from protocol.constants import FILE_WRITE_CHUNK_SIZE
@@ -74,6 +73,8 @@ _READS = (CAP_DAC_OVERRIDE,)
 _END_MARK_BYTES = 1024
 _WORDS_BYTES = 4096
 _SHOWN_LINES = 3
+# After these tar would go on, through all that is still to come, and make nothing but empty files.
+_HOPELESS = (b"No space left on device", b"Disk quota exceeded", b"Read-only file system")
 # "Some files differ": changed, or removed, while they were read (tar's manual, "Synopsis").
 _SOME_FILES_DIFFER = 1
 
@@ -221,13 +222,15 @@ class _Words:
         """Listen for the block."""
         words = cls()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(words._listen, process.outputs[Stream.STDERR])
+            nursery.start_soon(words._listen, process)
             yield words
             nursery.cancel_scope.cancel()
 
-    async def _listen(self, pipe: OutputPipe) -> None:
-        while data := await pipe.receive():
+    async def _listen(self, process: Process) -> None:
+        while data := await process.outputs[Stream.STDERR].receive():
             self._kept += data[: _WORDS_BYTES - len(self._kept)]
+            if any(reason in data for reason in _HOPELESS):
+                process.kill_tree()
         self._ended.set()
 
     async def lines(self) -> tuple[str, ...]:

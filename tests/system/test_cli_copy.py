@@ -165,10 +165,9 @@ async def test_owners_are_kept_when_asked_for(machine: Machine, place: str, here
         kept = machine.path(f"{place}/{name}").stat()
         assert (kept.st_uid, kept.st_gid, kept.st_mode & 0o7777) == (1234, 567, 0o4755)
     await cp(machine, "-a", f"vm:{place}/kept", here / "kept")
-    await cp(machine, "-a", f"vm:{place}/file", here / "file")
     await cp(machine, f"vm:{place}/kept", here / "plain")
-    for path in (here / "kept/file", here / "file"):
-        assert (path.stat().st_uid, path.stat().st_mode & 0o7777) == (1234, 0o4755)
+    kept = (here / "kept/file").stat()
+    assert (kept.st_uid, kept.st_mode & 0o7777) == (1234, 0o4755)
     assert ((here / "plain/file").stat().st_mode & 0o7777) == 0o755
 
 
@@ -183,8 +182,6 @@ async def test_a_dash_is_a_tar_stream(machine: Machine, place: str, here: Path) 
         "layers/003": b"layer 3\n",
         "layers/top": b"3\n",
     }
-    result = await run_innkeep(machine.address, "cp", f"vm:{place}/layers/.", "-")
-    assert set(contents(result.stdout)) == {".", "./003", "./top"}
     result = await run_innkeep(machine.address, "cp", f"vm:{place}/layers/top", "-")
     assert contents(result.stdout) == {"top": b"3\n"}
     assert "is no directory" in await refused(machine, "-", f"vm:{place}/no", stdin=data)

@@ -400,13 +400,13 @@ async def test_failures_beyond_the_first_few_are_counted(
     assert "and 17 lines more" in error.message
 
 
-async def test_a_full_disk_is_told_and_leaves_room_for_nothing_else(
-    processes: Processes, target: Path
-) -> None:
-    data = stream([entry(f"{number}", os.urandom(300_000)) for number in range(20)])
+async def test_a_full_disk_ends_it_at_once(processes: Processes, target: Path) -> None:
+    data = stream([entry(f"{number}", os.urandom(300_000)) for number in range(100)])
     with mounted(target, "tmpfs", "size=1M"):
         error = await refusal(lambda: unpack(processes, target, data))
         assert "No space left on device" in error.message
+        # Not one file for each entry that was still to come.
+        assert len(describe(target)) < 60
 
 
 async def test_a_read_only_file_system_is_told(processes: Processes, target: Path) -> None:
