@@ -27,7 +27,7 @@ from agent.images.tree_removal import remove_tree
 from agent.linux.mount import mount, umount2
 from protocol.errors import ErrorCode
 from protocol.values import OverlayInfo
-from tests.agent.images.building import digest_of, stored_image
+from tests.agent.images.building import build, digest_of, stored_image
 from tests.support.layout import gzip_layer, plain_layer
 from tests.support.misbehaving_registry import MisbehavingRegistry, misbehaving_registry, stalled
 from tests.support.rounds import rounds
@@ -207,6 +207,14 @@ async def test_a_layer_that_another_blob_has_too_stays_and_the_other_blob_goes(
     assert plain.layers[0].digest in collection.garbage.blobs
     assert not whole.layers.directory(plain.layers[0].digest).exists()
     assert whole.read(gzipped) == ["one"]
+
+
+async def test_a_layer_that_no_blob_is_known_of_is_removed(whole: Storage) -> None:
+    diff_id = build(whole.layers, tar_of("packed"))
+    whole.layers.mount(digest_of(b"not a blob of ours"), diff_id)
+    collection = await whole.collect()
+    assert set(collection.garbage.layers) == {diff_id}
+    assert whole.files() == set()
 
 
 async def test_a_layer_that_a_process_is_in_stays_with_its_blob(whole: Storage) -> None:
