@@ -111,11 +111,9 @@ async def test_what_does_not_speak_http_is_an_error_of_http(said: bytes) -> None
 
 async def test_a_server_that_is_silent_is_given_up_and_let_go() -> None:
     with listener() as (server, port):
-        report = await Probe().report(f"http://127.0.0.1:{port}/", limit_s=0.3)
+        report = await Probe().report(f"http://127.0.0.1:{port}/", limit_s=2)
         assert report.tcp.ok
-        assert report.http == HttpRequest(
-            False, report.http.duration_ms, "no answer within 0.3 s", None
-        )
+        assert str(report.http.error).startswith("no answer within ")
         connection, _ = server.accept()
         with connection:
             connection.settimeout(PATIENCE_S)
