@@ -80,7 +80,7 @@ def against_peers(tag: str, setting: Setting) -> Iterator[str]:
     taking = [peer for peer in _PEERS if peer[0] != _PEERS[0][0] or tag != images.MANY_FILES_ZSTD]
     ours: list[float] = []
     theirs: dict[str, list[float]] = {name: [] for name, _, _ in taking}
-    for _ in range(setting.count(full=5, quick=1)):
+    for _ in range(setting.count(full=3, quick=1)):
         with setting.machine() as machine:
             ours.append(machine.pull(setting.reference(tag)))
         for name, pull, _ in taking:

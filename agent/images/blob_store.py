@@ -16,7 +16,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import attrs
@@ -125,10 +125,23 @@ class BlobStore:
 
     def add_document(self, data: bytes) -> str:
         """Keep a manifest or a config; its digest."""
-        digest = digest_of(data)
-        if self.read_document(digest) is None:
-            self.write(self.path(digest), data)
-        return digest
+        return self.add_documents((data,))[0]
+
+    def add_documents(self, documents: Iterable[bytes]) -> list[str]:
+        """Keep manifests and configs, all or none; their digests."""
+        contents = {digest_of(data): data for data in documents}
+        namings = []
+        try:
+            for digest, data in contents.items():
+                if self.read_document(digest) is None:
+                    namings.append(Naming(write_temporary(data, self._ingest), self.path(digest)))
+            for failure in publish([namings]):
+                if failure is not None:
+                    raise failure
+        finally:
+            for naming in namings:
+                naming.source.unlink(missing_ok=True)
+        return list(contents)
 
     def open_partial(self, digest: str) -> PartialBlob:
         """What there is of a layer's blob, to be continued; the caller closes it."""

@@ -20,7 +20,7 @@ from pathlib import Path
 import attrs
 
 from agent.errors import cause_of
-from agent.images.atomic_file import WRITEBACK_BYTES, Naming
+from agent.images.atomic_file import WRITEBACK_BYTES, Naming, begin_writeback
 from agent.images.decompression import Decompression, DecompressionError
 from agent.images.erofs import Marks, append_marks, detached_mount, read_marks
 from agent.images.manifest import DIGEST
@@ -29,7 +29,6 @@ from agent.images.relay import Relay
 from agent.images.tar_header import TarError
 from agent.images.tar_rewriter import TarRewriter
 from agent.linux.mount import closing, is_mount_root, move_mount, umount2
-from agent.linux.writeback import sync_file_range
 
 _LARGEST_MKFS_BYTES = 1 << 30
 _SMALLEST_MKFS_BYTES = 128 << 20
@@ -293,8 +292,7 @@ class LayerBuild:
         self._unwritten_bytes += len(chunk)
         if self._unwritten_bytes >= WRITEBACK_BYTES:
             self._unwritten_bytes = 0
-            with self._partial.open("rb") as image:
-                sync_file_range(image.fileno())
+            begin_writeback(self._partial)
 
 
 @contextmanager

@@ -226,8 +226,7 @@ class Puller:
             platform=platform,
         ):
             return known.image
-        for document in image.documents:
-            self._store.blobs.add_document(document)
+        self._store.blobs.add_documents(image.documents)
         return self._store.tag(
             reference, image.manifest_digest, resolved=resolved, platform=platform
         )
