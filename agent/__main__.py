@@ -14,6 +14,9 @@ from agent.bootwords import DEFAULT_LISTEN, kernel_words, listen_argument
 # Hosts probe a booting VM every 20 ms, each time on a connection of its own.
 BACKLOG = 512
 
+# protocol.constants.Port, which takes too long to import here.
+WORKLOAD_PORTS = (5000, 5001)
+
 
 def bind(address: str) -> _socket.socket:
     """A listening socket at ``unix:PATH`` or ``vsock:PORT`` (any CID of this machine).
@@ -37,6 +40,30 @@ def bind(address: str) -> _socket.socket:
         raise ValueError("expected unix:PATH or vsock:PORT")
     listener.listen(BACKLOG)
     return listener
+
+
+def bind_workload(address: str) -> tuple[list[_socket.socket], list[str]]:
+    """The listeners beside ``address`` for the workload's control and log, and their addresses.
+
+    On vsock they have ports of their own; a unix socket's are its path with ``_`` and that number
+    behind it, as VMMs name the sockets of a guest's ports. Where there can be none, there are none.
+    """
+    kind, _, where = address.partition(":")
+    listeners: list[_socket.socket] = []
+    addresses: list[str] = []
+    for port in WORKLOAD_PORTS:
+        beside = f"unix:{where}_{port}" if kind == "unix" else f"vsock:{port}"
+        try:
+            listeners.append(bind(beside))
+        except (OSError, ValueError) as error:
+            # Nobody needs them whom the agent's own port would not serve.
+            print(f"innkeep: listen on {beside}: {error}", file=sys.stderr)
+            for listener, bound in zip(listeners, addresses, strict=True):
+                listener.close()
+                remove(bound)
+            return [], []
+        addresses.append(beside)
+    return listeners, addresses
 
 
 def _remove_if_stale(path: str) -> None:
@@ -66,20 +93,27 @@ def main() -> int:
     address = listen_argument(argv) if argv else words.get("listen", DEFAULT_LISTEN)
     if address is None:
         # Nothing to listen on: the arguments' parser says what is missing, or prints its help.
-        return serve(None, cmdline, argv)
+        return serve(None, cmdline, argv, [])
     try:
         listener = bind(address)
     except (OSError, ValueError) as error:
         print(f"innkeep: listen on {address}: {error}", file=sys.stderr)
         return 2
+    more, addresses = bind_workload(address)
     try:
-        return serve(listener, cmdline, argv)
+        return serve(listener, cmdline, argv, more)
     finally:
-        remove(address)
+        for bound in (address, *addresses):
+            remove(bound)
 
 
-def serve(listener: _socket.socket | None, cmdline: str, argv: list[str]) -> int:
-    """Read the whole configuration, and serve on ``listener``, which is closed in the end."""
+def serve(
+    listener: _socket.socket | None,
+    cmdline: str,
+    argv: list[str],
+    workload_listeners: list[_socket.socket],
+) -> int:
+    """Read the whole configuration, and serve on the listeners, which are closed in the end."""
     # What is imported stays: collecting among it costs a tenth of the start.
     gc.disable()
     from agent.config import AgentConfig, ConfigError
@@ -92,13 +126,18 @@ def serve(listener: _socket.socket | None, cmdline: str, argv: list[str]) -> int
     assert listener is not None  # without --listen the parser has exited
 
     import socket
+    from contextlib import ExitStack
 
     from agent.lifetime import run
 
     gc.freeze()
     gc.enable()
-    with socket.socket(fileno=listener.detach()) as listening:
-        return run(listening, config)
+    with ExitStack() as stack:
+        first, *others = (
+            stack.enter_context(socket.socket(fileno=each.detach()))
+            for each in (listener, *workload_listeners)
+        )
+        return run(first, others, config)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import attrs
 
 from agent.bootwords import DEFAULT_LISTEN, kernel_words
+from agent.workload_config import WORKLOAD_KEYS, WorkloadConfig
 
 T = TypeVar("T")
 
@@ -71,6 +72,7 @@ class AgentConfig:
     crun: str = "crun"
     catatonit: str = "/usr/bin/catatonit"
     """The first process of containers that stay."""
+    workload: WorkloadConfig = attrs.field(factory=WorkloadConfig)
     log_level: str = "INFO"
     unknown_words: tuple[str, ...] = ()
     """Words of the boot configuration that nobody reads: most likely misspelt."""
@@ -105,7 +107,7 @@ class AgentConfig:
 
 
 def _from_words(words: Mapping[str, str]) -> dict[str, Any]:
-    known = {*_WORDS, *_MORE_WORDS, *_WORDS_OF_INIT}
+    known = {*_WORDS, *_MORE_WORDS, *_WORDS_OF_INIT, *(f"workload.{key}" for key in WORKLOAD_KEYS)}
     settings: dict[str, Any] = {
         "listen": DEFAULT_LISTEN,
         "hosts_dir": DEFAULT_HOSTS_DIR,
@@ -121,6 +123,10 @@ def _from_words(words: Mapping[str, str]) -> dict[str, Any]:
         settings["storage_in_memory"] = True
     elif storage != "dir":
         raise ConfigError(f"innkeep.storage={storage}: expected a device, 'memory' or 'dir'")
+    settings["workload"] = _workload(
+        "innkeep.workload.",
+        {key: words[f"workload.{key}"] for key in WORKLOAD_KEYS if f"workload.{key}" in words},
+    )
     if "ip" in words:
         settings["uplink"] = Uplink(
             address=_read("innkeep.ip", words["ip"], ipaddress.ip_interface),
@@ -190,11 +196,20 @@ def _from_arguments(argv: Sequence[str]) -> dict[str, Any]:
         action="store_true",
         help="serve DNS at 127.0.0.1:53, with what the host's port 6002 answers",
     )
+    parser.add_argument(
+        "--workload",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"as innkeep.workload.KEY of a boot ({', '.join(WORKLOAD_KEYS)}); may be repeated",
+    )
     parsed = parser.parse_args(argv)
+    workload = dict(text.partition("=")[::2] for text in parsed.workload)
     return {
         "host_sockets": parsed.host_sockets and parsed.host_sockets.absolute(),
         **({"ssh_agent": True} if parsed.ssh_agent else {}),
         **({"dns_filter": True} if parsed.dns_filter else {}),
+        "workload": _workload("--workload ", workload),
         "listen": parsed.listen,
         "storage_dir": parsed.storage.absolute(),
         "run_dir": parsed.run_dir.absolute(),
@@ -235,6 +250,13 @@ def _absolute_path(name: str, text: str) -> Path:
     if not text.startswith("/"):
         raise ConfigError(f"{name}={text}: expected a path that begins with /")
     return Path(text)
+
+
+def _workload(prefix: str, words: Mapping[str, str]) -> WorkloadConfig:
+    try:
+        return WorkloadConfig.read(prefix, words)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _cids(name: str, text: str) -> frozenset[int]:

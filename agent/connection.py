@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
@@ -30,6 +32,12 @@ class Connection:
         self.socket = peer
         self._decoder = FrameDecoder()
         self._piece_bytes = VSOCK_SEND_SIZE if peer.family == socket.AF_VSOCK else None
+        self.on_stall: Callable[[], None] | None = None
+        """Called whenever a send has to wait for the peer."""
+
+    def limit_frames(self, most_bytes: int) -> None:
+        """Take no longer ones than that, instead of up to MAX_FRAME_SIZE."""
+        self._decoder.most_bytes = most_bytes
 
     async def receive(self) -> bytes | None:
         """The next frame's payload, or None at the end of the peer's requests.
@@ -46,6 +54,25 @@ class Connection:
                 return payload
             if not await self._fill():
                 return None
+
+    def is_amid_frame(self) -> bool:
+        """Whether a part of a frame has arrived that ``receive`` has not given."""
+        return self._decoder.is_amid_frame()
+
+    async def hear_out(self, most_s: float, most_bytes: int) -> None:
+        """Say no more, and read what the peer still sends, to nobody; but not for long.
+
+        What was sent last is not lost then to the reset that closing on unread bytes causes.
+        """
+        with trio.move_on_after(most_s), suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+            heard = 0
+            while heard < most_bytes:
+                await trio.lowlevel.wait_readable(self.socket)
+                data = self.socket.recv(READ_BYTES)
+                if not data:
+                    return
+                heard += len(data)
 
     def receive_pending(self) -> bytes | None:
         """As ``receive``, but only from what has arrived already; None when there is no more."""
@@ -93,6 +120,8 @@ class Connection:
             try:
                 left = left[self.socket.send(left) :]
             except BlockingIOError:
+                if self.on_stall is not None:
+                    self.on_stall()
                 await trio.lowlevel.wait_writable(self.socket)
             except OSError as error:
                 raise PeerGone(str(error)) from error

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from agent.errors import AgentError
 from agent.gate import Gate
 from agent.hangup import HangupWatch
 from agent.server import serve
+from agent.session import converse
 from agent.uptime import started_s, uptime_s
 from protocol.errors import ErrorCode
 
@@ -36,13 +38,18 @@ STEPS_TO_A_PONG = 8
 OpenServices = Callable[[AgentConfig, Path | None], "AbstractAsyncContextManager[Services]"]
 
 
-def run(listener: socket.socket, config: AgentConfig) -> int:
-    """Serve on ``listener`` until a shutdown request or SIGTERM; the exit status for init."""
+def run(
+    listener: socket.socket, workload_listeners: Sequence[socket.socket], config: AgentConfig
+) -> int:
+    """Serve on ``listener`` until a shutdown request or SIGTERM; the exit status for init.
+
+    ``workload_listeners`` are those of the workload's control and of its log, or none.
+    """
     logs.configure(config.log_level)
     for word in config.unknown_words:
         log.warning("innkeep.%s means nothing: misspelt?", word)
     with _cgroup_root(config) as cgroup_root:
-        return trio.run(_live, listener, config, cgroup_root)
+        return trio.run(_live, listener, workload_listeners, config, cgroup_root)
 
 
 @contextmanager
@@ -57,14 +64,20 @@ def _cgroup_root(config: AgentConfig) -> Iterator[Path | None]:
         yield cgroup
 
 
-async def _live(listener: socket.socket, config: AgentConfig, cgroup_root: Path | None) -> int:
+async def _live(
+    listener: socket.socket,
+    workload_listeners: Sequence[socket.socket],
+    config: AgentConfig,
+    cgroup_root: Path | None,
+) -> int:
     """Serve first, and import what most requests need while pings are answered already."""
     gate: Gate[Services] = Gate()
     hangups = HangupWatch()
     async with trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signal, gate)
         nursery.start_soon(hangups.run)
-        nursery.start_soon(serve, listener, config.vsock_peers, hangups, gate)
+        talk = partial(converse, hangups=hangups, services=gate)
+        nursery.start_soon(serve, listener, config.vsock_peers, talk)
         log.info("serving on %s", config.listen)
         steps = {"agent": started_s(), "serving": uptime_s()}
         for _ in range(STEPS_TO_A_PONG):
@@ -74,6 +87,10 @@ async def _live(listener: socket.socket, config: AgentConfig, cgroup_root: Path 
             async with open_services(config, cgroup_root) as services:
                 gate.open(services)
                 steps["services"] = uptime_s()
+                if workload_listeners:
+                    from agent.workload_sessions.ports import serve_workload
+
+                    nursery.start_soon(serve_workload, workload_listeners, hangups, services)
                 if config.in_image or config.host_sockets:
                     from agent.doorbell import ring_doorbell
 
@@ -91,6 +108,7 @@ async def _live(listener: socket.socket, config: AgentConfig, cgroup_root: Path 
 def _import_services() -> OpenServices:
     # The handlers too, so that the first request finds them.
     import agent.handlers
+    import agent.workload_sessions.ports
     from agent.services import open_services
 
     assert agent.handlers.HANDLERS

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import logging
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
 
 import trio
 
 from agent.connection import Connection
-from agent.gate import Gate
-from agent.hangup import HangupWatch
-from agent.session import converse
 from protocol.constants import Cid
-
-if TYPE_CHECKING:
-    from agent.services import Services
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +17,12 @@ log = logging.getLogger(__name__)
 async def serve(
     listener: socket.socket,
     vsock_peers: frozenset[int],
-    hangups: HangupWatch,
-    services: Gate[Services],
+    converse: Callable[[Connection], Awaitable[None]],
 ) -> None:
     """Serve every connection on ``listener`` until cancelled; the caller closes the listener.
 
-    ``vsock_peers`` are the CIDs that are served besides the host's; ``hangups`` is running.
+    ``vsock_peers`` are the CIDs that are served besides the host's; ``converse`` has a whole
+    conversation, and leaves the connection to be closed.
     One connection's defect ends that connection alone. When descriptors run out, trio's accept
     loop logs it and goes on a moment later.
     """
@@ -42,7 +36,7 @@ async def serve(
             if not _is_served(peer, vsock_peers):
                 return
             try:
-                await converse(Connection(peer), hangups, services)
+                await converse(Connection(peer))
             except Exception:
                 log.exception("a conversation failed")
 

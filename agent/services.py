@@ -88,6 +88,11 @@ class Services:
     _stopping: bool = False
     _bringing_up: trio.Lock = attrs.field(factory=trio.Lock)
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a shutdown has begun: nothing new is started."""
+        return self._stopping
+
     def refuse_when_stopping(self, kind: type) -> None:
         """Raise for new work once a shutdown has begun; a second shutdown and a ping may pass."""
         if self._stopping and kind not in (requests.Ping, requests.Shutdown):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +10,7 @@ import trio
 
 from agent import logs
 from agent.channel import Channel, Request
-from agent.connection import READ_BYTES, Connection, PeerGone
+from agent.connection import Connection, PeerGone
 from agent.errors import AgentError
 from agent.gate import Gate
 from agent.hangup import HangupWatch
@@ -70,7 +69,9 @@ async def converse(connection: Connection, hangups: HangupWatch, services: Gate[
             with hangups.watching(connection.socket, conversation.cancel):
                 await _answer_requests(channel, services)
         except FrameTooLarge as error:
-            await _refuse_and_hear_out(channel, connection.socket, error)
+            refusal = responses.Error(message=str(error), code=ErrorCode.MESSAGE_TOO_LARGE.value)
+            await channel.send(refusal)
+            await connection.hear_out(FAREWELL_S, FAREWELL_BYTES)
         except PeerGone as error:
             log.debug("the peer is gone: %s", error)
             conversation.cancel()
@@ -164,19 +165,6 @@ def _sole(kind: type[Failure], error: BaseException) -> Failure | None:
             return None
         error = error.exceptions[0]
     return error if isinstance(error, kind) else None
-
-
-async def _refuse_and_hear_out(channel: Channel, peer: socket.socket, error: FrameTooLarge) -> None:
-    await channel.send(responses.Error(message=str(error), code=ErrorCode.MESSAGE_TOO_LARGE.value))
-    with trio.move_on_after(FAREWELL_S):
-        peer.shutdown(socket.SHUT_WR)
-        heard = 0
-        while heard < FAREWELL_BYTES:
-            await trio.lowlevel.wait_readable(peer)
-            data = peer.recv(READ_BYTES)
-            if not data:
-                return
-            heard += len(data)
 
 
 async def _carry_out_the_rest(channel: Channel, services: Gate[Services]) -> None:

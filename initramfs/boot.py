@@ -32,6 +32,8 @@ from initramfs.vsock_daemon import find_vsock_daemon, running_vsock_daemon
 
 AGENT_PORT = 6000
 READY_PORT = 6004
+# Beside the agent's; in namespaces, as behind a VMM's unix socket, a path has them behind it.
+WORKLOAD_PORTS = (5000, 5001)
 _PATIENCE_S = {Kind.KVM: 60, Kind.TCG: 180, Kind.NAMESPACES: 60}
 
 
@@ -77,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="HOST:PORT",
         help="a registry to speak plain HTTP to, as the machine names it; may be repeated",
+    )
+    option(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="with the token that opens the workload's ports; without one they refuse everybody",
     )
     option("--console", type=Path, metavar="FILE", help="default: stderr")
     option(
@@ -139,6 +147,7 @@ async def _in_namespaces(options: argparse.Namespace, scratch: Path) -> AsyncIte
         scratch=scratch / "root",
         sockets=socket.parent,
         storage=storage,
+        token_file=_token_file(options.token_file),
         words=boot_words(
             "dir",
             listen=f"unix:{namespaces.SOCKETS / socket.name}",
@@ -151,7 +160,9 @@ async def _in_namespaces(options: argparse.Namespace, scratch: Path) -> AsyncIte
         ),
     )
     rooms.scratch.mkdir()
-    with claimed(socket):
+    with claimed(socket), ExitStack() as stack:
+        for port in WORKLOAD_PORTS:
+            stack.callback(Path(f"{socket}_{port}").unlink, missing_ok=True)
         async with namespaces.namespace_machine(rooms) as child:
             yield Machine(child, f"unix:{socket}")
 
@@ -174,6 +185,7 @@ async def _in_vm(
         # Emulated ones take turns on one thread, and only cost each other time.
         cpus=options.cpus or (2 if choice.kind is Kind.KVM else 1),
         disk=disk,
+        token_file=_token_file(options.token_file),
         # Machine-wide, as process ids are; 0 to 2 have meanings of their own.
         cid=3 + os.getpid(),
         words=boot_words(
@@ -223,6 +235,12 @@ def _directory(storage: Path) -> Path:
         raise BootError(f"{storage}: namespaces keep images in a directory, not in a file")
     storage.mkdir(parents=True, exist_ok=True)
     return storage.absolute()
+
+
+def _token_file(path: Path | None) -> Path | None:
+    if path is not None and not path.is_file():
+        raise BootError(f"--token-file {path}: there is no such file")
+    return None if path is None else path.absolute()
 
 
 def _disk(storage: Path | None) -> Path | None:

@@ -32,6 +32,7 @@ class Rooms:
     scratch: Path
     sockets: Path
     storage: Path
+    token_file: Path | None = None
     words: Sequence[str]
 
 
@@ -43,7 +44,7 @@ def command_line(rooms: Rooms, cgroup: Path) -> list[str]:
     return [
         *("sh", "-c", enter, str(cgroup)),
         *("unshare", *namespaces, "--propagation=private", "--fork", "--kill-child"),
-        *("sh", str(_SCRIPT), *map(str, directories)),
+        *("sh", str(_SCRIPT), *map(str, directories), str(rooms.token_file or "")),
     ]
 
 

@@ -2,12 +2,13 @@
 # The root filesystem of a machine made of namespaces; started by namespaces.py as PID 1 of new
 # pid, mount, ipc, uts and cgroup namespaces. Ends by becoming the image's own init.
 #
-#     namespaces.sh ROOTFS SCRATCH SOCKETS STORAGE      all of them directories
+#     namespaces.sh ROOTFS SCRATCH SOCKETS STORAGE TOKEN      directories, and a file or nothing
 set -eu
 rootfs=$1
 scratch=$2
 sockets=$3
 storage=$4
+token=$5
 
 mount -t tmpfs -o mode=755 machine "$scratch"
 cd "$scratch"
@@ -33,6 +34,10 @@ mount -t tmpfs -o mode=755,nosuid,nodev run run
 mkdir run/host
 mount --bind "$sockets" run/host
 mount --bind "$storage" storage
+if [ -n "$token" ]; then
+    mkdir -p etc/innkeep
+    (umask 077 && cat "$token" >etc/innkeep/token)
+fi
 [ ! -e /etc/resolv.conf ] || cat /etc/resolv.conf >etc/resolv.conf
 # What init mounts; the rest is there already, and /sys is this machine's.
 cat >etc/fstab <<'FSTAB'

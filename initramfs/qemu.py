@@ -63,6 +63,8 @@ class Hardware:
     cid: int = 3
     vsock_socket: int | None = None
     shares: Sequence[Share] = ()
+    token_file: Path | None = None
+    """With the token of the workload's ports; the guest reads it from fw_cfg."""
 
 
 def command_line(hardware: Hardware) -> list[str]:
@@ -101,6 +103,8 @@ def command_line(hardware: Hardware) -> list[str]:
     if hardware.disk is not None:
         drive = f"if=none,id=storage,format=raw,discard=unmap,file={_value(str(hardware.disk))}"
         argv += ["-drive", drive, "-device", "virtio-blk-pci,drive=storage"]
+    if hardware.token_file is not None:
+        argv += ["-fw_cfg", f"name=opt/innkeep/token,file={_value(str(hardware.token_file))}"]
     for number, share in enumerate(hardware.shares):
         argv += ["-chardev", f"socket,id=share{number},fd={share.socket}"]
         argv += ["-device", f"vhost-user-fs-pci,chardev=share{number},tag={_value(share.tag)}"]

@@ -49,6 +49,13 @@ class MuxAddress:
 Address = UnixAddress | VsockAddress | MuxAddress
 
 
+def beside(address: Address, port: int) -> Address:
+    """Where the same agent serves another port: a unix socket's path has that number behind it."""
+    if isinstance(address, UnixAddress):
+        return UnixAddress(f"{address.path}_{port}")
+    return attrs.evolve(address, port=port)
+
+
 def parse_address(text: str) -> Address:
     """The address that ``unix:PATH``, ``vsock:CID:PORT`` or ``mux:PATH:PORT`` means.
 

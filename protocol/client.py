@@ -1,6 +1,5 @@
 """The host's end of a connection to an agent, over any trio stream."""
 
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -9,21 +8,31 @@ from typing import Final, Self, TypeVar
 import trio
 
 from protocol import codec, requests, responses
-from protocol.address import Address, MuxAddress, UnixAddress, parse_address
-from protocol.constants import VSOCK_SEND_SIZE
+from protocol.address import parse_address
 from protocol.errors import ProtocolError
 from protocol.framing import FrameDecoder, frame_pieces
 from protocol.requests import AgentRequest
 from protocol.responses import AgentResponse
+from protocol.stream import ConnectionFailed, open_stream
+from protocol.workload_client import AuthenticationFailed, WorkloadClient, open_workload_client
 
 Answer = TypeVar("Answer", bound=AgentResponse)
 
 _UNANSWERED: Final = (requests.Stdin, requests.Resize)
-_LONGEST_MUX_REPLY: Final = 64
 
-
-class ConnectionFailed(Exception):
-    """There is no agent, or no longer one; the text is one line and names the address."""
+__all__ = [
+    "AgentClient",
+    "AgentRefused",
+    "Answers",
+    "AuthenticationFailed",
+    "ConnectionFailed",
+    "WorkloadClient",
+    "connect",
+    "expect",
+    "is_last",
+    "open_client",
+    "open_workload_client",
+]
 
 
 class AgentRefused(Exception):
@@ -196,46 +205,5 @@ async def open_client(address: str) -> AsyncIterator[AgentClient]:
 async def connect(address: str) -> AgentClient:
     """The same, to be closed by the caller."""
     place = parse_address(address)
-    try:
-        stream = await _open_stream(place)
-    except OSError as error:
-        cause = error.strerror or error
-        raise ConnectionFailed(f"cannot connect to {place}: {cause}") from error
-    on_vsock = stream.socket.family == socket.AF_VSOCK
-    return AgentClient(stream, name=str(place), send_size=VSOCK_SEND_SIZE if on_vsock else None)
-
-
-async def _open_stream(place: Address) -> trio.SocketStream:
-    if isinstance(place, UnixAddress):
-        return await trio.open_unix_socket(place.path)
-    if isinstance(place, MuxAddress):
-        return await _open_multiplexed(place)
-    sock = trio.socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    try:
-        await sock.connect((place.cid, place.port))
-    except BaseException:
-        sock.close()
-        raise
-    return trio.SocketStream(sock)
-
-
-async def _open_multiplexed(place: MuxAddress) -> trio.SocketStream:
-    stream = await trio.open_unix_socket(place.path)
-    try:
-        await stream.send_all(b"CONNECT %d\n" % place.port)
-        # Byte by byte: what follows the line is the guest's.
-        reply = b""
-        while not reply.endswith(b"\n") and len(reply) < _LONGEST_MUX_REPLY:
-            data = await stream.receive_some(1)
-            if not data:
-                raise ConnectionFailed(f"cannot connect to {place}: nothing listens there")
-            reply += data
-        if not reply.startswith(b"OK ") or not reply.endswith(b"\n"):
-            raise ConnectionFailed(f"cannot connect to {place}: it answered {reply!r}")
-    except trio.BrokenResourceError as error:
-        await trio.aclose_forcefully(stream)
-        raise ConnectionFailed(f"cannot connect to {place}: it hung up") from error
-    except BaseException:
-        await trio.aclose_forcefully(stream)
-        raise
-    return stream
+    stream, send_size = await open_stream(place)
+    return AgentClient(stream, name=str(place), send_size=send_size)

@@ -17,6 +17,7 @@ from protocol.data_frame import DataFrame
 from protocol.errors import MalformedMessage, ProtocolError
 from protocol.requests import AgentRequest
 from protocol.responses import AgentResponse
+from protocol.values import U64_MAX
 
 if TYPE_CHECKING:
     from protocol.workload import GuestMessage, HostMessage
@@ -126,6 +127,17 @@ def _structure(members: dict[str, Any], variants: Variants) -> Any:
         return _CONVERTER.structure(members, variant)
     except Mismatch as fault:
         raise MalformedMessage(f"{name}{fault}") from None
+
+
+def request_id_of(payload: bytes) -> int | None:
+    """The ``request_id`` in a payload that is no message; None where there is none to be told."""
+    try:
+        members = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return None
+    request_id = members.get("request_id") if type(members) is dict else None
+    is_one = type(request_id) is int and 0 <= request_id <= U64_MAX
+    return request_id if is_one else None
 
 
 def encode(message: "Message", trace_id: str | None = None) -> bytes:

@@ -44,6 +44,8 @@ class FrameDecoder:
     """
 
     def __init__(self) -> None:
+        self.most_bytes = MAX_FRAME_SIZE
+        """Of a payload; may be less for peers that are not to be trusted with more."""
         self._buffer = bytearray()
         # The payload of a frame that came in part. A BytesIO gives it away without a copy;
         # it grows with what arrives, since a header alone must not cost 32 MiB.
@@ -65,20 +67,20 @@ class FrameDecoder:
     def next_frame(self) -> bytes | None:
         """The next whole payload, or None when more bytes are needed.
 
-        Raises FrameTooLarge as soon as a header announces more than MAX_FRAME_SIZE.
+        Raises FrameTooLarge as soon as a header announces more than ``most_bytes``.
         """
         if self._partial is not None:
             return self._finished(self._partial)
         buffer = self._buffer
         if self._refused_size is not None:
-            raise _too_large(self._refused_size)
+            raise _too_large(self._refused_size, self.most_bytes)
         if len(buffer) < _HEADER_SIZE:
             return None
         size = int.from_bytes(buffer[:_HEADER_SIZE], "big")
-        if size > MAX_FRAME_SIZE:
+        if size > self.most_bytes:
             buffer.clear()
             self._refused_size = size
-            raise _too_large(size)
+            raise _too_large(size, self.most_bytes)
         end = _HEADER_SIZE + size
         with memoryview(buffer) as view:
             if len(buffer) >= end:
@@ -91,6 +93,10 @@ class FrameDecoder:
         del buffer[:end]
         return payload
 
+    def is_amid_frame(self) -> bool:
+        """Whether bytes were received that belong to a frame which is not whole yet."""
+        return self._partial is not None or bool(self._buffer)
+
     def _finished(self, partial: io.BytesIO) -> bytes | None:
         if self._missing:
             return None
@@ -98,5 +104,5 @@ class FrameDecoder:
         return partial.getvalue()
 
 
-def _too_large(size: int) -> FrameTooLarge:
-    return FrameTooLarge(f"frame too large: {size} bytes, at most {MAX_FRAME_SIZE} are allowed")
+def _too_large(size: int, most_bytes: int = MAX_FRAME_SIZE) -> FrameTooLarge:
+    return FrameTooLarge(f"frame too large: {size} bytes, at most {most_bytes} are allowed")

@@ -5,7 +5,7 @@ Used qualified (``workload.Run``), since the agent protocol shares names.
 
 import attrs
 
-from protocol.fields import hidden, length_only, names_only, printable
+from protocol.fields import OMITTED, hidden, length_only, names_only, printable
 from protocol.values import I32, U32, U64, EnvVar
 
 
@@ -15,6 +15,8 @@ class Auth:
 
     token: str = attrs.field(repr=hidden)
     protocol_version: U32
+    follow: bool = attrs.field(default=True, metadata=OMITTED)
+    """On the log's port: whether what is written from then on is wanted, too."""
 
 
 @attrs.frozen

@@ -20,6 +20,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "protocol": (),
     "agent.linux": (),
     **{f"agent.{domain}": (*LEAVES, *PROTOCOL_WORDS) for domain in DOMAINS},
+    "agent.workload": (*LEAVES, *PROTOCOL_WORDS, "agent.processes"),
     "agent.processes": (*LEAVES, *PROTOCOL_WORDS, "agent.images.overlay"),
     "agent": ("protocol",),
     "agent.handlers": (
@@ -47,14 +48,28 @@ THEIRS: dict[str, tuple[str, ...]] = {
     "pyroute2": ("agent.network.links",),
     "rich": ("protocol.cli",),
     "typer": ("protocol.cli",),
-    "trio": ("agent", "initramfs", "protocol.client", "protocol.cli"),
+    "trio": (
+        "agent",
+        "initramfs",
+        "protocol.cli",
+        "protocol.client",
+        "protocol.stream",
+        "protocol.workload_client",
+    ),
 }
 
 # What protocol/ may import of others; trio only where it is named above.
 PROTOCOL_LIBRARIES = ("attrs", "attr", "cattrs", "orjson", "pybase64", "rich", "trio", "typer")
 
 # Modules that know JSON: the wire's, OCI's documents, crun's configuration, log lines.
-JSON = ("protocol.codec", "protocol.converter", "agent.images", "agent.processes", "agent.logs")
+JSON = (
+    "protocol.codec",
+    "protocol.converter",
+    "agent.images",
+    "agent.processes",
+    "agent.workload.record",
+    "agent.logs",
+)
 
 # Nothing of these is imported before it is used, so that the agent starts in time.
 HEAVY = ("backports.zstd", "isal", "oras", "pyroute2", "requests", "ssl", "urllib3")
@@ -177,7 +192,10 @@ def test_the_agent_is_no_client() -> None:
         str(found)
         for found in IMPORTS
         if is_within(found.module, ("agent",))
-        and is_within(found.name, ("protocol.client", "protocol.cli"))
+        and is_within(
+            found.name,
+            ("protocol.cli", "protocol.client", "protocol.stream", "protocol.workload_client"),
+        )
     ]
     assert wrong == []
 

@@ -267,6 +267,41 @@ class ContainerRuntime:
                 timeout_s=timeout_s,
             )
 
+    async def start_kept(
+        self,
+        command: ContainerCommand,
+        container_id: str,
+        first_pid: int,
+        parent: Path,
+        stdio: Stdio,
+        keeping: Callable[[Command], Command],
+    ) -> tuple[Process, int]:
+        """Start a command in a container that runs, to outlive its request and the agent.
+
+        ``keeping`` makes the command that starts crun and waits for its end: the process that is
+        returned, with the pid of the command itself in the VM. As ``Processes.start_kept``.
+
+        Raises:
+            AgentError: as ``running``.
+        """
+
+        def prepare(directory: Path) -> Invocation:
+            return self._write_process(directory, command, first_pid, terminal=False)
+
+        async with self._invocation(prepare, is_bundle=False) as invocation:
+            argv = self._exec(invocation, container_id)
+
+            async def pid_of(process: Process) -> int:
+                return await Running(process, invocation, command, ()).pid()
+
+            with _failing_to_run():
+                return await self.processes.start_kept(
+                    keeping(Command(argv=argv, environment=BASE_ENVIRONMENT)),
+                    stdio,
+                    parent=parent,
+                    pid_of=pid_of,
+                )
+
     async def start(
         self,
         command: ContainerCommand,

@@ -45,6 +45,8 @@ class Stdio:
     terminal: bool = False
     log: Path | None = None
     """A FIFO, somewhere read, for stdout and stderr together."""
+    error_log: Path | None = None
+    """Another one for stderr, which then does not go to ``log``."""
 
 
 @attrs.define(eq=False)
@@ -229,7 +231,11 @@ def start_process(
             if stdio.log is not None:
                 written = os.open(stdio.log, os.O_RDWR | os.O_CLOEXEC)
                 theirs.callback(os.close, written)
-                streams = (read, written, written)
+                errors = written
+                if stdio.error_log is not None:
+                    errors = os.open(stdio.error_log, os.O_RDWR | os.O_CLOEXEC)
+                    theirs.callback(os.close, errors)
+                streams = (read, written, errors)
             else:
                 outputs[Stream.STDOUT], stdout = output_pipe(ours, theirs)
                 outputs[Stream.STDERR], stderr = output_pipe(ours, theirs)

@@ -152,6 +152,36 @@ class Processes:
                 self.lifetime.start_soon(_see_to_background, process, pid, stdin_data)
         return pid
 
+    async def start_kept(
+        self,
+        command: Command,
+        stdio: Stdio,
+        *,
+        parent: Path | None = None,
+        pid_of: Callable[[Process], Awaitable[int]] | None = None,
+    ) -> tuple[Process, int]:
+        """Start a command that outlives its request and the agent; the process, and its pid.
+
+        The caller waits for it, and then closes it. ``parent`` is as for ``running``, ``pid_of`` as
+        for ``start_background``.
+
+        Raises:
+            AgentError: SPAWN_FAILED, if it cannot be started; what ``pid_of`` raises.
+        """
+        process = await self._start(command, stdio, parent, None)
+        try:
+            pid = process.pid if pid_of is None else await pid_of(process)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await process.end_tree()
+                await self._finish(process)
+            raise
+        if process.cgroup is not None:
+            with suppress(OSError):  # it has ended, and all is over
+                process.cgroup.keep()
+            self.lifetime.start_soon(self._see_off, process.cgroup)
+        return process, pid
+
     @asynccontextmanager
     async def _logged(self) -> AsyncIterator[tuple[OutputLog, OutputPipe]]:
         """A new log and the end to read from; both are gone again if the block raises.

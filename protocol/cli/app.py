@@ -9,7 +9,7 @@ import typer
 from rich.filesize import decimal
 
 from protocol import decode_value, requests, responses
-from protocol.cli import copy, execution, output
+from protocol.cli import copy, execution, output, workload
 from protocol.cli.arguments import CommandAfterImage, CommandAfterOptions
 from protocol.cli.connection import AGENT_ERRORS, CommandFailed, Settings, converse, settings_of
 from protocol.cli.execution import PullPolicy
@@ -34,6 +34,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(workload.app)
 
 Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An image reference, as in docker.")]
 Command = Annotated[

@@ -55,9 +55,9 @@ async def _joined(
             async for answer in answers:
                 match answer:
                     case responses.Stdout(data):
-                        await _write(sys.stdout, data)
+                        await write(sys.stdout, data)
                     case responses.Stderr(data):
-                        await _write(sys.stderr, data)
+                        await write(sys.stderr, data)
             nursery.cancel_scope.cancel()
     return expect(answer, responses.Exited)
 
@@ -86,7 +86,7 @@ async def _send_size(client: AgentClient) -> None:
             await client.send(size)
 
 
-async def _write(stream: TextIO | None, data: bytes) -> None:
+async def write(stream: TextIO | None, data: bytes) -> None:
     """To a stream that was closed before we started, nothing."""
     if stream is not None:
         await write_all(stream.fileno(), data)

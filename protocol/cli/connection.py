@@ -58,6 +58,17 @@ def settings_of(context: typer.Context) -> Settings:
     return settings
 
 
+def address_of(settings: Settings) -> str:
+    """Where the agent is; raises CommandFailed where nobody has said so."""
+    if not settings.address:
+        raise CommandFailed(
+            "no agent given: use --connect ADDRESS or set INNKEEP_CONNECT "
+            "(unix:PATH, vsock:CID:PORT or mux:PATH:PORT)",
+            _USAGE,
+        )
+    return settings.address
+
+
 def converse(
     settings: Settings, conversation: Callable[[AgentClient], Awaitable[Result]]
 ) -> Result:
@@ -65,13 +76,7 @@ def converse(
 
     Raises one of AGENT_ERRORS, or CommandFailed without an address to connect to.
     """
-    address = settings.address
-    if not address:
-        raise CommandFailed(
-            "no agent given: use --connect ADDRESS or set INNKEEP_CONNECT "
-            "(unix:PATH, vsock:CID:PORT or mux:PATH:PORT)",
-            _USAGE,
-        )
+    address = address_of(settings)
 
     async def whole() -> Result:
         try:

@@ -8,6 +8,7 @@ import pytest
 
 from agent.bootwords import kernel_words, listen_argument
 from agent.config import AgentConfig, ConfigError
+from agent.workload_config import WorkloadConfig
 
 ARGUMENTS = ["--listen", "unix:/tmp/a", "--storage", "/tmp/s", "--run-dir", "/tmp/r"]
 
@@ -204,3 +205,55 @@ def test_the_address_to_listen_on_is_found_without_a_parser(
     argv: list[str], address: str | None
 ) -> None:
     assert listen_argument(argv) == address
+
+
+def test_words_of_the_workload_are_read() -> None:
+    config = AgentConfig.from_boot(
+        "innkeep.workload.image=alpine innkeep.workload.overlay=web "
+        "innkeep.workload.command=sh,-c,echo%20a%2Cb innkeep.workload.restart=on-failure "
+        "innkeep.workload.log_size=1M innkeep.workload.token_file=/dev/vdb",
+        {},
+        [],
+    )
+    assert config.unknown_words == ()
+    assert config.workload == WorkloadConfig(
+        token_file=Path("/dev/vdb"),
+        image="alpine",
+        overlay="web",
+        command=("sh", "-c", "echo a,b"),
+        restart="on-failure",
+        log_bytes=1 << 20,
+    )
+    empty = AgentConfig.from_boot("innkeep.workload.command=", {}, [])
+    assert empty.workload == WorkloadConfig(command=())
+    assert AgentConfig.from_boot("", {}, []).workload == WorkloadConfig()
+
+
+def test_arguments_name_the_workload_as_words_do() -> None:
+    arguments = ["--workload", "token_file=/t", "--workload", "command=sleep,5"]
+    config = AgentConfig.from_boot("", {}, [*ARGUMENTS, *arguments])
+    assert config.workload == WorkloadConfig(token_file=Path("/t"), command=("sleep", "5"))
+
+
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("innkeep.workload.restart=sometimes", "never, on-failure, always"),
+        ("innkeep.workload.log_size=1K", "64K to 1G"),
+        ("innkeep.workload.log_size=max", "64K to 1G"),
+        ("innkeep.workload.image=", "innkeep.workload.image"),
+    ],
+)
+def test_a_wrong_word_of_the_workload_is_named(word: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        AgentConfig.from_boot(word, {}, [])
+    key, _, value = word.removeprefix("innkeep.workload.").partition("=")
+    with pytest.raises(ConfigError, match=complaint.removeprefix("innkeep.workload.")):
+        AgentConfig.from_boot("", {}, [*ARGUMENTS, "--workload", f"{key}={value}"])
+
+
+def test_a_misspelt_word_of_the_workload_is_unknown_or_refused() -> None:
+    config = AgentConfig.from_boot("innkeep.workload.comand=true", {}, [])
+    assert config.unknown_words == ("workload.comand",)
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        AgentConfig.from_boot("", {}, [*ARGUMENTS, "--workload", "comand=true"])

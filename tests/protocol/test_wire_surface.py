@@ -4,12 +4,17 @@ import subprocess
 import sys
 
 import protocol
-from tests.protocol.surface import FROZEN, write
+from tests.protocol.surface import FROZEN, REFERENCE, reference, write
 
 
 def test_the_wire_surface_is_the_frozen_one() -> None:
     # A change on purpose is written by: python -m tests.protocol.surface
     assert write() == FROZEN.read_text()
+
+
+def test_the_documentation_tells_every_message_and_field() -> None:
+    # Written by the same command.
+    assert reference() == REFERENCE.read_text()
 
 
 def test_everything_promised_is_exported() -> None:
