@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from collections.abc import Iterable
+
+from agent.linux.capset import Capabilities, capset
 
 # linux/capability.h
 CAP_CHOWN = 0
@@ -19,13 +20,11 @@ CAP_SETFCAP = 31
 _PR_SET_SECUREBITS = 28
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 47, 2
 _SECBIT_NOROOT, _SECBIT_NO_SETUID_FIXUP = 0x1, 0x4
-_LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 _IS_X86_64 = os.uname().machine == "x86_64"  # else the generic table, so arm64
 _SYS_SETRESUID = 117 if _IS_X86_64 else 147
 _SYS_SETRESGID = 119 if _IS_X86_64 else 149
 _SYS_SETGROUPS = 116 if _IS_X86_64 else 159
-_SYS_CAPSET = 126 if _IS_X86_64 else 91
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -50,8 +49,7 @@ def assume(uid: int, gid: int, capabilities: Iterable[int]) -> None:
     _syscall(_SYS_SETRESUID, *[ctypes.c_uint(uid)] * 3)
     mask = sum(1 << capability for capability in held)
     low, high = mask & 0xFFFFFFFF, mask >> 32
-    header = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
-    _syscall(_SYS_CAPSET, header, struct.pack("=6I", low, low, low, high, high, high))
+    capset(Capabilities(low, low, low, high, high, high))
     for capability in held:
         _check(_libc.prctl(_PR_CAP_AMBIENT, _long(_PR_CAP_AMBIENT_RAISE), _long(capability), 0, 0))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final, cast
 
@@ -57,7 +59,7 @@ class Download:
         """
         self.bar.expect(info.size)
         partial = _partial(path, info, target)
-        with open(partial, "r+b" if partial.exists() else "x+b", buffering=0) as file:  # noqa: PTH123, ASYNC230 a file of ours
+        with os.fdopen(_open_partial(partial), "r+b", buffering=0) as file:
             done = min(file.seek(0, os.SEEK_END), info.size) // SEGMENT_BYTES * SEGMENT_BYTES
             try:
                 file.truncate(file.seek(done))
@@ -125,12 +127,14 @@ class Download:
         request = requests.TarRead(path, name=name, persistent_overlay_id=self.overlay)
         await self._stream(request, write)
 
-    async def _stream(self, request: requests.TarRead, take: Callable[[bytes], object]) -> None:
+    async def _stream(
+        self, request: requests.TarRead, take: Callable[[bytes], Awaitable[object]]
+    ) -> None:
         async with self.client.stream(request) as answers:
             async for answer in answers:
                 chunk = expect(answer, responses.DataChunk)
                 if chunk.data:
-                    await take(chunk.data)  # type: ignore[misc]
+                    await take(chunk.data)
                     self.bar.advance(len(chunk.data))
 
 
@@ -154,6 +158,20 @@ def _partial(path: str, info: FileInfo, target: Path) -> Path:
         if other != partial:
             other.unlink()
     return partial
+
+
+def _open_partial(partial: Path) -> int:
+    """A descriptor of what there is of it, if that is ours, or of a new one, for nobody else to
+    read: its mode comes last."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1:
+            return descriptor
+        # In a directory that others write to as well, they may have put it there.
+        os.close(descriptor)
+        partial.unlink()
+    return os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def _short_digest(text: str) -> str:

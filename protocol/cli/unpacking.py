@@ -99,7 +99,9 @@ class Unpacking:
         else:
             content = archive.extractfile(member)
             assert content is not None
-            with path.open("xb", buffering=0) as file:
+            # For nobody else to read: its mode comes last.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
                 shutil.copyfileobj(content, file, _BLOCK)
         self._set_attributes(path, member)
 
@@ -107,7 +109,7 @@ class Unpacking:
         if not (path.is_dir() and not path.is_symlink()):
             # A file, or a link, even to a directory: what is behind that is not the copy's.
             path.unlink(missing_ok=True)
-            path.mkdir()
+            path.mkdir(mode=0o700)
         self._known.add(name)
         self._times.append((path, member))
 

@@ -226,12 +226,30 @@ async def test_a_download_that_was_cut_goes_on_where_it_was(
         result = await run_innkeep(relay.address, "cp", f"vm:{place}/large", str(target))
     assert result.returncode == 1
     assert not target.exists()
+    (partial,) = files_of(here)
+    assert partial.startswith(".innkeep-part-")
+    assert (here / partial).stat().st_mode & 0o777 == 0o600
     async with relayed(here, machine.address) as relay:
         result = await run_innkeep(relay.address, "cp", f"vm:{place}/large", str(target))
         assert (result.returncode, result.stderr) == (0, b"")
         assert relay.from_agent_bytes < LARGE
     assert target.read_bytes() == file.read_bytes()
     assert files_of(here) == {"large"}
+
+
+async def test_what_somebody_else_has_put_there_is_not_gone_on_with(
+    machine: Machine, place: str, here: Path
+) -> None:
+    file = large_file(machine.path(f"{place}/large"))
+    target = here / "large"
+    async with relayed(here, machine.address, most_bytes=LARGE) as relay:
+        await run_innkeep(relay.address, "cp", f"vm:{place}/large", str(target))
+    (partial,) = files_of(here)
+    (here / partial).write_bytes(b"not what was sent" * 2_000_000)
+    os.chown(here / partial, 1234, 567)
+    await cp(machine, f"vm:{place}/large", target)
+    assert target.read_bytes() == file.read_bytes()
+    assert target.stat().st_uid == 0
 
 
 async def test_a_file_that_has_changed_is_downloaded_anew(
