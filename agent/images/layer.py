@@ -9,6 +9,7 @@ The blob's digest names the mount because hosts look there for what `ImageInfo.l
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -85,7 +86,8 @@ class LayerStore:
     ) -> Iterator[LayerBuild]:
         """Build a layer from its blob, whose bytes go into the `LayerBuild`, which is finished.
 
-        ``max_bytes`` bounds what the blob may hold. Left in any other way, nothing stays.
+        ``max_bytes``, the disk's size, bounds what the blob may hold. Left in any other way,
+        nothing stays.
 
         Raises:
             LayerError: it cannot be built; also from the build's methods.
@@ -277,7 +279,10 @@ class LayerBuild:
     def _take(self, chunk: bytes | memoryview) -> None:
         self._tar_bytes += len(chunk)
         if self._max_bytes is not None and self._tar_bytes > self._max_bytes:
-            raise LayerError(f"{self._diff_id}: it unpacks to more than {self._max_bytes} bytes")
+            # Said here before the disk can say it, where what unpacks is ahead of what is written.
+            raise LayerError(
+                f"{self._diff_id}: it unpacks to more than {self._max_bytes} bytes"
+            ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._relay is not None:
             self._relay.put(chunk)
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -16,7 +17,7 @@ from agent.images.group_commit import GroupCommit
 from agent.images.layer import LayerError, LayerStore
 from agent.images.layer_transfer import DamagedBlob, LayerTransfer, is_full_disk
 from agent.images.manifest import InvalidManifest
-from agent.images.progress import OnProgress, ProgressMeter
+from agent.images.progress import OnProgress, ProgressMeter, first_failure, telling
 from agent.images.registries import RegistryError
 from agent.images.resolution import WantedLayer
 
@@ -72,23 +73,39 @@ class LayerFetcher:
         if not lacking:
             return
         meter = ProgressMeter(len(wanted), ((layer.digest, layer.size) for layer in lacking))
+        try:
+            await telling(
+                partial(self._fetch_all, lacking, client, meter, limiter),
+                partial(meter.report, on_progress),
+            )
+        except DiskFullError:
+            await trio.to_thread.run_sync(self._discard, lacking, limiter=limiter)
+            raise
+        await on_progress(meter.frame())
+
+    async def _fetch_all(
+        self,
+        lacking: Iterable[WantedLayer],
+        client: MirroredRegistry,
+        meter: ProgressMeter,
+        limiter: trio.CapacityLimiter,
+    ) -> None:
         running: set[LayerTransfer] = set()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_abort_when_cancelled, client, running)
-                nursery.start_soon(meter.report, on_progress)
                 async with trio.open_nursery() as layers:
+                    give_up = partial(_give_up, layers.cancel_scope, client, running)
                     for layer in lacking:
-                        layers.start_soon(self._fetch_one, layer, client, meter, limiter, running)
+                        layers.start_soon(
+                            self._fetch_one, layer, client, meter, limiter, running, give_up
+                        )
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            failure = _first_failure(group)
+            failure = first_failure(group)
             if failure is None:
                 raise
-            if isinstance(failure, DiskFullError):
-                await trio.to_thread.run_sync(self._discard, lacking, limiter=limiter)
             raise failure from failure.__cause__
-        await on_progress(meter.frame())
 
     async def _fetch_one(
         self,
@@ -97,6 +114,7 @@ class LayerFetcher:
         meter: ProgressMeter,
         limiter: trio.CapacityLimiter,
         running: set[LayerTransfer],
+        give_up: Callable[[], None],
     ) -> None:
         try:
             async with self.claims.lock(layer.digest):
@@ -117,6 +135,7 @@ class LayerFetcher:
                 if whole is not None:
                     await self._add(whole)
         except (RegistryError, DamagedBlob, LayerError, InvalidManifest, OSError) as error:
+            give_up()
             if is_full_disk(error):
                 raise DiskFullError(
                     f"the disk is full, at least {meter.remaining_bytes} more bytes are needed"
@@ -188,15 +207,21 @@ async def _abort_when_cancelled(client: MirroredRegistry, running: set[LayerTran
     try:
         await trio.sleep_forever()
     finally:
-        client.abort()
-        for transfer in running:
-            transfer.interrupt()
+        _abort(client, running)
 
 
-def _first_failure(group: BaseExceptionGroup[BaseException]) -> Exception | None:
-    """What failed first in a group that nurseries made; None where all was cancelled."""
-    for error in group.exceptions:
-        failure = _first_failure(error) if isinstance(error, BaseExceptionGroup) else error
-        if isinstance(failure, Exception):
-            return failure
-    return None
+def _give_up(
+    others: trio.CancelScope, client: MirroredRegistry, running: set[LayerTransfer]
+) -> None:
+    """One layer failed: the others need not wait for what may be long in coming.
+
+    They are cancelled before they meet what that breaks, so that they keep what they have.
+    """
+    others.cancel()
+    _abort(client, running)
+
+
+def _abort(client: MirroredRegistry, running: Iterable[LayerTransfer]) -> None:
+    client.abort()
+    for transfer in running:
+        transfer.interrupt()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
 
 import attrs
 import trio
+
+T = TypeVar("T")
 
 # Between one and ten a second, with room for a busy machine and for the last one.
 _SHORTEST_PAUSE_S = 0.2
@@ -98,14 +101,59 @@ class ProgressMeter:
             return None
         return max(0, round((done - before) / (now - begun)))
 
-    async def report(self, on_progress: OnProgress) -> None:
-        """Tell how far it is, at once and then again and again until cancelled."""
-        while True:
+    async def report(self, on_progress: OnProgress, stopped: trio.Event) -> None:
+        """Tell how far it is, at once and then again and again until stopped."""
+        while not stopped.is_set():
             self._changed = trio.Event()
             await on_progress(self.frame())
-            await trio.sleep(_SHORTEST_PAUSE_S)  # the limit of the rate, not a poll
+            with trio.move_on_after(_SHORTEST_PAUSE_S):  # the limit of the rate, not a poll
+                await stopped.wait()
             with trio.move_on_after(_LONGEST_PAUSE_S - _SHORTEST_PAUSE_S):
                 await self._changed.wait()
 
     def _wake(self) -> None:
         self._changed.set()
+
+
+async def report_waiting(message: str, on_progress: OnProgress, stopped: trio.Event) -> None:
+    """Tell the same again and again until stopped, and nothing if that is soon."""
+    while True:
+        with trio.move_on_after(_LONGEST_PAUSE_S):
+            await stopped.wait()
+            return
+        await on_progress(PullProgress(message))
+
+
+async def telling(
+    work: Callable[[], Awaitable[T]], report: Callable[[trio.Event], Awaitable[None]]
+) -> T:
+    """What `work` returns or raises, with `report` beside it, which its event stops.
+
+    It is stopped and not cancelled, since it may be in the middle of a frame; what it raises ends
+    the work.
+    """
+    stopped = trio.Event()
+    results: list[T] = []
+    failure = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(report, stopped)
+            try:
+                results.append(await work())
+            except Exception as error:  # noqa: BLE001 - raised again below
+                failure = error
+            stopped.set()
+    except BaseExceptionGroup as group:
+        raise first_failure(group) or group from None
+    if failure is not None:
+        raise failure
+    return results[0]
+
+
+def first_failure(group: BaseExceptionGroup[BaseException]) -> Exception | None:
+    """What failed first in a group that nurseries made; None where all was cancelled."""
+    for error in group.exceptions:
+        failure = first_failure(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(failure, Exception):
+            return failure
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -21,7 +22,7 @@ from agent.images.layer_fetcher import (
 )
 from agent.images.manifest import InvalidManifest
 from agent.images.platform import NoSuchPlatform, Platform, local_platform
-from agent.images.progress import OnProgress, PullProgress
+from agent.images.progress import OnProgress, PullProgress, report_waiting, telling
 from agent.images.proxy import InvalidProxy
 from agent.images.pull_plan import plan_pull
 from agent.images.reference import Reference
@@ -179,10 +180,12 @@ class Puller:
             if known is not self._store.find_tag(question.reference):
                 # A collection has just taken it away.
                 known = None
-            if known is not None:
-                image = await self._resolve_again(question, known, ask, on_progress)
-            else:
-                image = await ask(None, retry.PULL)
+            image = await telling(
+                partial(self._resolve_again, question, known, ask, on_progress)
+                if known is not None
+                else partial(ask, None, retry.PULL),
+                partial(report_waiting, f"Resolving {question.reference}", on_progress),
+            )
             async with claims.held(image.digests):
                 yield image
 

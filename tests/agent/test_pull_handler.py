@@ -75,9 +75,9 @@ async def test_an_image_of_the_store_is_taken_where_the_network_never_came_up(
         server.misbehave("manifests/latest", silent)
         told, second = await pulled(services, server.reference())
         assert second == first
-        assert told == [
+        assert told[-1] == (
             f"{server.reference()}: no answer within 2 s; taking the image in the store"
-        ]
+        )
 
 
 async def test_why_the_network_is_not_there_is_told_where_an_image_is_not_there_either(

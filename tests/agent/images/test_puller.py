@@ -14,6 +14,7 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from agent.errors import AgentError
 from agent.images.layer_fetcher import LAYERS_AT_ONCE
@@ -602,7 +603,8 @@ async def test_an_image_of_the_store_is_taken_where_the_registry_does_not_answer
     begun = trio.current_time()
     assert await pulling.pull(image.reference) == image
     assert trio.current_time() - begun < 5
-    [(_, frame)] = pulling.frames
+    *before, frame = (frame for _, frame in pulling.frames)
+    assert {frame.message for frame in before} <= {f"Resolving {image.reference}"}
     assert frame.message.startswith(f"{image.reference}: ")
     assert frame.message.endswith("; taking the image in the store")
 
@@ -625,7 +627,7 @@ async def test_an_image_of_the_store_is_taken_where_there_is_no_resolver_or_no_r
     with trio.fail_after(4):
         found = await pulling.pull(str(reference))
     assert found.config_digest == image.config_digest
-    [(_, frame)] = pulling.frames
+    frame = pulling.frames[-1][1]
     assert frame.message.startswith(f"{reference}: ")
     assert frame.message.endswith("; taking the image in the store")
 
@@ -825,6 +827,71 @@ async def test_progress_is_told_between_once_and_ten_times_a_second_and_only_ris
     assert percents == sorted(percents)
     assert percents[-1] == 100
     assert len(set(percents)) > 5
+
+
+async def test_that_a_registry_is_slow_to_say_what_an_image_is_is_told(
+    pulling: Pulling, server: MisbehavingRegistry
+) -> None:
+    server.add_image("latest", [noise("one")])
+
+    def late(exchange: Exchange) -> None:
+        exchange.registry.released.wait(1.8)
+        exchange.answer()
+
+    server.misbehave("manifests/latest", late)
+    begun = trio.current_time()
+    await pulling.pull(server.reference())
+    times = [begun, *(time for time, _ in pulling.frames)]
+    assert max(after - before for before, after in itertools.pairwise(times)) <= 1
+    resolving = [frame for _, frame in pulling.frames if frame.percent is None]
+    assert {frame.message for frame in resolving} == {f"Resolving {server.reference()}"}
+    assert pulling.frames[-1][1].percent == 100
+
+
+async def test_a_listener_in_the_middle_of_a_frame_is_not_cut_off_by_the_end_of_the_work(
+    pulling: Pulling, server: MisbehavingRegistry
+) -> None:
+    """What is cut off there would leave half a frame on the wire."""
+    layer = noise("one")
+    server.add_image("latest", [layer])
+    go_on = trio.Event()
+    heard: list[PullProgress] = []
+
+    async def slow_to_listen(frame: PullProgress) -> None:
+        await go_on.wait()
+        heard.append(frame)
+
+    async with trio.open_nursery() as nursery:
+
+        async def pull() -> None:
+            await pulling.pull(server.reference(), on_progress=slow_to_listen)
+
+        nursery.start_soon(pull)
+        await pulling.layers_until(lambda: pulling.layers.has(layer.diff_id))
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        go_on.set()
+    assert [frame.percent for frame in heard] == [0, 100]
+
+
+async def test_a_layer_that_is_refused_ends_the_pull_at_once_though_others_keep_it_waiting(
+    pulling: Pulling, server: MisbehavingRegistry
+) -> None:
+    stuck, missing = noise("stuck"), noise("missing")
+    server.add_image("latest", [stuck, missing])
+    server.misbehave(blob(stuck), stalled(100_000))
+
+    def refused(exchange: Exchange) -> None:
+        assert exchange.registry.stalled.wait(10)
+        pulling.layers.wait_until(lambda: pulling.layers.written.get(stuck.diff_id) == 100_000)
+        status(404)(exchange)
+
+    server.misbehave(blob(missing), refused)
+    with trio.move_on_after(5) as patience:
+        message = await pulling.refused(server.reference())
+    assert not patience.cancel_called
+    assert message.startswith(f"layer {missing.digest}: {server.address} answered 404 ")
+    await pulling.pull(server.reference())
+    assert server.requests_for(blob(stuck))[-1].headers["Range"] == "bytes=100000-"
 
 
 async def test_progress_goes_on_while_nothing_comes(
