@@ -154,7 +154,7 @@ class Services:
             journal,
             exporter=LayerExporter(store, claims),
             answers=ImageAnswers(store),
-            flattener=LayerFlattener(store.blobs, layers),
+            flattener=LayerFlattener(store.blobs, layers, claims),
         )
 
     def trim_after(self, freed_bytes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import trio
@@ -12,11 +12,13 @@ import trio
 from agent.errors import AgentError, failing_as
 from agent.images.atomic_file import sync_directory
 from agent.images.blob_store import BlobStore
+from agent.images.claims import LayerClaims
+from agent.images.entry_copy import copy_attributes
 from agent.images.erofs import Marks
 from agent.images.layer import LayerStore
 from agent.images.layer_merge import LayerMerge, Lowerdir, MergeError
 from agent.images.tree_removal import remove_tree
-from agent.linux.mount import is_mount_root
+from agent.linux.mount import closing, is_mount_root
 from agent.linux.syncfs import syncfs
 from protocol.errors import ErrorCode
 
@@ -31,9 +33,10 @@ class LayerFlattener:
     of theirs would be like: which directories they have no entry for.
     """
 
-    def __init__(self, blobs: BlobStore, layers: LayerStore) -> None:
+    def __init__(self, blobs: BlobStore, layers: LayerStore, claims: LayerClaims) -> None:
         self._blobs = blobs
         self._layers = layers
+        self._claims = claims
         self._outputs: set[Path] = set()
         self._limiter = trio.CapacityLimiter(_THREADS)
 
@@ -42,7 +45,7 @@ class LayerFlattener:
 
         Entries that are missing or empty are skipped. ``output`` is made with its parents, or is
         there and empty. It gets its name when all of it is on the disk; until then, also over a
-        crash, that is ``.NAME.flattening``, beside it.
+        crash, that is ``.NAME.flattening``, beside it, or in it where it is a mount's root.
 
         Raises:
             AgentError: OVERLAY_FAILED, naming what failed; or INVALID_REQUEST for paths that are
@@ -53,40 +56,56 @@ class LayerFlattener:
                 ErrorCode.INVALID_REQUEST,
                 "output, lowerdirs: expected paths, got an empty one or one with a NUL",
             )
-        directory = _absolute(output)
-        layers = [_absolute(path) for path in lowerdirs if path]
-        doing = f"flatten layers into {directory}"
-        if directory in self._outputs:
+        doing = f"flatten layers into {output}"
+        with failing_as(ErrorCode.OVERLAY_FAILED, doing):
+            # Whatever it is called, one request at a time makes it.
+            place = await trio.to_thread.run_sync(_resolved, output, limiter=self._limiter)
+        if place in self._outputs:
             raise AgentError(
                 ErrorCode.OVERLAY_FAILED, f"{doing}: another request is doing that already"
             )
-        self._outputs.add(directory)
+        directories = [Path("/", path) for path in lowerdirs if path]
+        self._outputs.add(place)
         try:
-            with failing_as(ErrorCode.OVERLAY_FAILED, doing):
-                await trio.to_thread.run_sync(
-                    self._flatten, layers, directory, limiter=self._limiter
-                )
+            async with self._claims.held(self._digests(directories)):
+                with failing_as(ErrorCode.OVERLAY_FAILED, doing):
+                    await trio.to_thread.run_sync(
+                        self._flatten, directories, place, limiter=self._limiter
+                    )
         except MergeError as error:
             raise AgentError(ErrorCode.OVERLAY_FAILED, f"{doing}: {error}") from error
         finally:
-            self._outputs.remove(directory)
+            self._outputs.remove(place)
+
+    def _digests(self, directories: Sequence[Path]) -> Iterator[str]:
+        """What no collection may take meanwhile: layers of ours are called by their digests."""
+        for directory in directories:
+            digest = f"sha256:{directory.name}"
+            unpacked = self._blobs.unpacked(digest)
+            if unpacked is not None:
+                yield digest
+                yield unpacked.diff_id
 
     def _flatten(self, directories: Sequence[Path], output: Path) -> None:
-        _check_free(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         for directory in directories:
-            if output.resolve().is_relative_to(directory.resolve()):
+            if output.is_relative_to(directory.resolve()):
                 raise MergeError(f"it is in {directory}, which is one of them")
-        lowerdirs = [Lowerdir(directory, self._marks(directory)) for directory in directories]
-        partial = output.with_name(f".{output.name}.flattening")
+        is_mounted = output.is_dir() and is_mount_root(output)
+        partial = (output if is_mounted else output.parent) / f".{output.name}.flattening"
         # One that is there is what a crash has left.
         remove_tree(partial)
+        _check_empty(output)
+        lowerdirs = [Lowerdir(directory, self._marks(directory)) for directory in directories]
         try:
             partial.mkdir()
             LayerMerge(lowerdirs, partial, trio.from_thread.check_cancelled).run()
             _sync(partial)
-            # Replaces a directory that is there, and nothing but an empty one.
-            partial.rename(output)
+            if is_mounted:
+                _move_up(partial)
+            else:
+                # Replaces a directory that is there, and nothing but an empty one.
+                partial.rename(output)
             sync_directory(output.parent)
         except BaseException:
             remove_tree(partial)
@@ -101,11 +120,11 @@ class LayerFlattener:
         return self._layers.marks(unpacked.diff_id)
 
 
-def _absolute(path: str) -> Path:
-    return Path(os.path.normpath("/" + path.lstrip("/")))
+def _resolved(output: str) -> Path:
+    return Path("/", output).resolve()
 
 
-def _check_free(output: Path) -> None:
+def _check_empty(output: Path) -> None:
     """Tell at once what would be told at the end: rename(2) takes an empty directory's place."""
     try:
         with os.scandir(output) as entries:
@@ -114,13 +133,22 @@ def _check_free(output: Path) -> None:
         return
     if not is_empty:
         raise OSError(errno.ENOTEMPTY, "it is there, and not empty")
-    if is_mount_root(output):
-        raise OSError(errno.EBUSY, "something is mounted there; give a directory in it")
+
+
+def _move_up(directory: Path) -> None:
+    """Let the directory above, a mount's root, which nothing can replace, be what this one is."""
+    above = directory.parent
+    with closing(os.open(directory, _DIRECTORY)) as source:
+        status = os.fstat(source)
+        for path in directory.iterdir():
+            path.rename(above / path.name)
+        directory.rmdir()
+        with closing(os.open(above, _DIRECTORY)) as target:
+            copy_attributes(source, status, target)
+            os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+            os.fsync(target)
 
 
 def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, _DIRECTORY)
-    try:
+    with closing(os.open(directory, _DIRECTORY)) as descriptor:
         syncfs(descriptor)
-    finally:
-        os.close(descriptor)

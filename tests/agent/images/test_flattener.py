@@ -11,8 +11,10 @@ import pytest
 import trio
 
 from agent.errors import AgentError
+from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore
 from agent.images.flattener import LayerFlattener
+from agent.images.garbage import GarbageCollector
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
 from agent.images.tree_removal import remove_tree
@@ -24,6 +26,7 @@ from tests.support.commands import run
 from tests.support.rounds import rounds
 from tests.support.tarballs import directory, entry, tarball
 from tests.support.tree import Tree, describe, differences
+from tests.support.watch import until
 
 OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
 
@@ -34,8 +37,13 @@ def store(storage: Path) -> ContentStore:
 
 
 @pytest.fixture
-def flattener(store: ContentStore, layers: LayerStore) -> LayerFlattener:
-    return LayerFlattener(store.blobs, layers)
+def claims() -> LayerClaims:
+    return LayerClaims()
+
+
+@pytest.fixture
+def flattener(store: ContentStore, layers: LayerStore, claims: LayerClaims) -> LayerFlattener:
+    return LayerFlattener(store.blobs, layers, claims)
 
 
 @pytest.fixture
@@ -292,20 +300,60 @@ async def test_an_output_that_cannot_be_is_refused_with_the_reason(
     assert f"it is in {layer}, which is one of them" in await refusal(
         flattener, layer / "out", layer
     )
-    mounted_at = tmp_path / "mounted"
-    mounted_at.mkdir()
-    mount("tmpfs", mounted_at, fstype="tmpfs")
-    try:
-        assert "something is mounted there; give a directory in it" in await refusal(
-            flattener, mounted_at, layer
-        )
-    finally:
-        umount2(mounted_at)
     for path in ("", "a\0b"):
         with pytest.raises(AgentError) as raised:
             await flattener.flatten([str(layer)], path)
         assert raised.value.code is ErrorCode.INVALID_REQUEST
     assert list(layer.iterdir()) == []
+
+
+async def test_a_mount_is_filled_and_not_replaced(
+    flattener: LayerFlattener, layers: LayerStore, tmp_path: Path
+) -> None:
+    lowerdirs = [str(mounted(layers, trees.whiteouts)), str(mounted(layers, trees.busybox))]
+    await flattener.flatten(lowerdirs, str(tmp_path / "elsewhere"))
+    place = tmp_path / "mounted"
+    make(place)
+    mount("tmpfs", place, fstype="tmpfs")
+    try:
+        # What a crash has left is no reason to refuse it.
+        make(place / ".mounted.flattening/half")
+        await flattener.flatten(lowerdirs, str(place))
+        assert differences(describe(tmp_path / "elsewhere"), describe(place)) == []
+        assert "it is there, and not empty" in await refusal(flattener, place, *lowerdirs)
+    finally:
+        umount2(place)
+
+
+async def test_an_output_may_be_reached_through_a_link(
+    flattener: LayerFlattener, out: Path, tmp_path: Path
+) -> None:
+    make(out)
+    (tmp_path / "link").symlink_to(out)
+    await flattener.flatten([], str(tmp_path / "link"))
+    await flattener.flatten([], f"{tmp_path}/link/../beside/new")
+    assert is_there(out.parent / "beside/new")
+    assert (tmp_path / "link").is_symlink()
+
+
+async def test_no_collection_takes_a_layer_that_is_being_flattened(
+    flattener: LayerFlattener,
+    store: ContentStore,
+    layers: LayerStore,
+    claims: LayerClaims,
+    storage: Path,
+    out: Path,
+) -> None:
+    image = stored_image(store, layers, "image", trees.archive(trees.busybox))
+    (layer,) = image.layers
+    collector = GarbageCollector(store, layers, Overlays(storage, layers, claims), claims)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flattener.flatten, [str(layers.directory(layer.digest))], str(out))
+        await until(out.parent.exists, out.parent.parent)
+        await collector.collect(purge_all=True)
+    assert is_there(out / "bin/busybox")
+    await collector.collect()
+    assert layers.sizes() == {}
 
 
 def as_redirect(layer: Path) -> None:
