@@ -13,8 +13,10 @@ from protocol import requests, responses
 from protocol.client import AgentClient, open_client
 from protocol.values import Mount
 from tests.support.execution import pull, refusal, run, shell
+from tests.support.files import begin, read, send, upload
 from tests.support.images import Images
 from tests.support.machine import LOOPBACK_IN_VM, PROJECT, Machine, booted
+from tests.support.watch import until
 from tests.vm.test_vm_processes import kill_agent
 
 pytestmark = pytest.mark.timeout(180)
@@ -242,3 +244,35 @@ def test_a_share_that_cannot_be_made_is_said_in_one_line(options: list[str], sai
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"initramfs.boot: {said}\n"
+
+
+async def test_a_file_appears_whole_on_a_share_and_its_beginnings_go(
+    sharing: Sharing, client: AgentClient, overlay: str
+) -> None:
+    """A share has no files without names: they have hidden ones, also while the agent is killed."""
+    data = bytes(range(256)) * 8192
+    place = sharing.directory / "code"
+    where = {"persistent_overlay_id": overlay}
+
+    def hidden() -> list[str]:
+        return [path.name for path in place.glob(".innkeep-*")]
+
+    done = await run(client, sharing.image, "true", mounts=(CODE,), **where)
+    assert done.exit_code == 0, done
+    for end in ("hang-up", "crash"):
+        async with open_client(sharing.machine.address) as other:
+            await begin(other, "/code/uploaded", len(data), **where)
+            await send(other, data[:1000])
+            (name,) = hidden()
+            assert name.startswith(".innkeep-upload-")
+            if end == "crash":
+                await kill_agent(sharing.machine)
+        await until(lambda: not hidden(), place, within_s=60)
+        assert not (place / "uploaded").exists()
+    async with open_client(sharing.machine.address) as fresh:
+        await upload(fresh, "/code/uploaded", data, mode=0o640, uid=1000, **where)
+        assert await read(fresh, "/code/uploaded", **where) == data
+    found = (place / "uploaded").stat()
+    assert (found.st_mode & 0o7777, found.st_uid) == (0o640, 1000)
+    assert (place / "uploaded").read_bytes() == data
+    assert hidden() == []
