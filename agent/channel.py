@@ -33,6 +33,10 @@ class Channel:
         """
         await self._connection.send(encode(response))
 
+    def widen(self) -> None:
+        """Make room for large answers, of which there will be many."""
+        self._connection.widen()
+
     async def follow_up(self, *kinds: type[Message]) -> Message | None:
         """The next message, if it is one of ``kinds``; None when no more of them will come.
 

@@ -125,7 +125,12 @@ class GuestRoots:
         uploads that nobody has gone on with for a day."""
         await self._images.decided()
         while True:
-            expiry_s = await in_thread(self._clean)
+            try:
+                expiry_s = await in_thread(self._clean)
+            except OSError as error:
+                # A storage that is gone, when the machine ends. What is left has its note.
+                log.warning("clean up after uploads: %s", cause_of(error))
+                expiry_s = float("inf")
             with trio.move_on_after(expiry_s):
                 await self._expiry_changed.wait()
             self._expiry_changed = trio.Event()

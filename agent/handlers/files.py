@@ -95,6 +95,7 @@ async def file_read(
                     )
                 )
             )
+            channel.widen()
             async with Behind[bytes]() as reader:
                 reader.start(download.read)
                 while block := await reader.finish():

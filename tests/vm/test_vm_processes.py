@@ -208,7 +208,9 @@ async def kill_agent(machine: Machine) -> None:
     async with open_client(machine.address) as client:
         with pytest.raises(ConnectionFailed):
             await shell(client, "kill -9 $(cat /sys/fs/cgroup/agent/cgroup.procs)")
-    await until(lambda: machine.console_text().count("serving on") > served, machine.console)
+    await until(
+        lambda: machine.console_text().count("serving on") > served, machine.console, within_s=60
+    )
 
 
 async def finished(
