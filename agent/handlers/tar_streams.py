@@ -28,7 +28,7 @@ async def tar_write(
     request: requests.TarWrite, channel: Channel, services: Services
 ) -> AgentResponse | None:
     path = GuestPath.parse(request.path)
-    Owner.of(request.uid, request.gid)
+    Owner.of(request.uid, request.gid)  # refuses what no file can have
     owner = None
     if request.uid is not None or request.gid is not None:
         owner = (request.uid or _ROOT, request.gid or _ROOT)

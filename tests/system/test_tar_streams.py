@@ -10,9 +10,11 @@ from protocol import AgentRequest, encode, encode_frame, requests, responses
 from protocol.client import AgentClient, open_client
 from tests.support import trees
 from tests.support.commands import run
+from tests.support.crash import kill_agent
 from tests.support.execution import pull, refusal, shell
 from tests.support.images import Images
-from tests.support.machine import Machine
+from tests.support.machine import Machine, booted
+from tests.support.process_tree import arguments, descendants, is_running
 from tests.support.rounds import rounds
 from tests.support.standing import Persistent
 from tests.support.streams import contents, directory, entry, hard_link, stream, symlink
@@ -278,3 +280,20 @@ async def test_images_trees_survive_the_way_through_a_host(
         differences(describe(machine.path(merged)), describe(machine.path(f"{place}/copy"))) == []
     )
     await client.request(requests.CleanupOverlay("to-pack"))
+
+
+async def test_a_tar_does_not_outlive_its_agent(tmp_path: Path) -> None:
+    with booted(tmp_path) as machine:
+        async with open_client(machine.address) as client, open_client(machine.address) as other:
+            await shell(client, "head -c 64000000 /dev/zero >/storage/large")
+            await client.send(requests.TarRead("/storage/large"))
+            assert isinstance(await client.receive(), responses.DataChunk)
+            await other.request(requests.TarWrite("/storage/new"))
+            tars = {pid for pid in descendants(machine.init_pid()) if b"bin/tar" in arguments(pid)}
+            assert len(tars) == 2
+            await kill_agent(machine)
+        async with open_client(machine.address) as client:
+            with trio.fail_after(PATIENCE_S):
+                while any(map(is_running, tars)):
+                    # As above: its successor ends them when it starts.
+                    await client.request(requests.Ping())
