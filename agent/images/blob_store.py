@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
@@ -175,17 +176,30 @@ class BlobStore:
                     self._distrusted.discard(layer.digest)
         return failures
 
-    def discard(self, digest: str) -> None:
-        """Remove a blob, its record and its partial; no image and no pull uses them any more."""
+    def forget_unpacked(self, digest: str) -> None:
+        """Remove the record of a layer's blob, if there is one: it is to be unpacked again."""
         with self._lock:
             self._unpacked.pop(digest, None)
-            self._distrusted.discard(digest)
-            for path in (
-                self._records / _hex(digest),
-                self.path(digest),
-                self._partial_path(digest),
-            ):
-                path.unlink(missing_ok=True)
+            (self._records / _hex(digest)).unlink(missing_ok=True)
+
+    def discard(self, digest: str) -> None:
+        """Remove a blob, its record and its partial; no image and no pull uses them any more."""
+        self.forget_unpacked(digest)
+        self._distrusted.discard(digest)
+        for path in (self.path(digest), self._partial_path(digest)):
+            path.unlink(missing_ok=True)
+
+    def cut_back(self, digest: str, length: int) -> None:
+        """Leave of a blob, complete or not, only what an earlier download had got of it."""
+        if not length:
+            self.discard(digest)
+            return
+        self.forget_unpacked(digest)
+        partial = self._partial_path(digest)
+        with suppress(FileNotFoundError):
+            self.path(digest).replace(partial)
+        with suppress(FileNotFoundError):
+            os.truncate(partial, min(length, partial.stat().st_size))
 
     def blob_sizes(self) -> dict[str, int]:
         """All blobs that are there, with their lengths in bytes."""

@@ -225,7 +225,8 @@ class LayerBuild:
         self._is_alone = is_alone
         self._rewriter = TarRewriter()
         self._sha256 = hashlib.sha256()
-        self._tar_bytes = 0
+        self.tar_bytes = 0
+        """How much of the tar has been written."""
         self._unwritten_bytes = 0
         self._relay: Relay | None = None
         self.is_finished = False
@@ -263,7 +264,7 @@ class LayerBuild:
                 tree.compare(root)
             append_marks(self._partial, Marks(tree.implied(), tree.root.opaque))
         self.is_finished = True
-        return BuiltLayer(self._tar_bytes, (Naming(self._partial, self._image),))
+        return BuiltLayer(self.tar_bytes, (Naming(self._partial, self._image),))
 
     def interrupt(self) -> None:
         """Make a call that blocks in another thread raise LayerError soon."""
@@ -277,8 +278,8 @@ class LayerBuild:
         self._mkfs.close()
 
     def _take(self, chunk: bytes | memoryview) -> None:
-        self._tar_bytes += len(chunk)
-        if self._max_bytes is not None and self._tar_bytes > self._max_bytes:
+        self.tar_bytes += len(chunk)
+        if self._max_bytes is not None and self.tar_bytes > self._max_bytes:
             # Said here before the disk can say it, where what unpacks is ahead of what is written.
             raise LayerError(
                 f"{self._diff_id}: it unpacks to more than {self._max_bytes} bytes"
@@ -287,7 +288,7 @@ class LayerBuild:
             self._relay.put(chunk)
             return
         self._use(chunk)
-        if self._tar_bytes >= _SMALL_TAR_BYTES and self._is_alone():
+        if self.tar_bytes >= _SMALL_TAR_BYTES and self._is_alone():
             self._relay = Relay(self._use, _CHUNKS_AHEAD)
 
     def _use(self, chunk: bytes | memoryview) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -63,7 +63,7 @@ class LayerFetcher:
         """Return when all of an image's layers are there; `limiter` says how many at once.
 
         Of a layer that failed, and of others that are then given up, complete blobs stay, and
-        what there is of incomplete ones; where the disk is full, nothing.
+        what there is of incomplete ones.
 
         Raises:
             InvalidManifest: a blob is known to hold something else than the image says.
@@ -73,14 +73,10 @@ class LayerFetcher:
         if not lacking:
             return
         meter = ProgressMeter(len(wanted), ((layer.digest, layer.size) for layer in lacking))
-        try:
-            await telling(
-                partial(self._fetch_all, lacking, client, meter, limiter),
-                partial(meter.report, on_progress),
-            )
-        except DiskFullError:
-            await trio.to_thread.run_sync(self._discard, lacking, limiter=limiter)
-            raise
+        await telling(
+            partial(self._fetch_all, lacking, client, meter, limiter),
+            partial(meter.report, on_progress),
+        )
         await on_progress(meter.frame())
 
     async def _fetch_all(
@@ -116,15 +112,15 @@ class LayerFetcher:
         running: set[LayerTransfer],
         give_up: Callable[[], None],
     ) -> None:
+        transfer = LayerTransfer(
+            layer,
+            self.store.blobs,
+            self.layers,
+            client,
+            lambda position: meter.advance(layer.digest, position),
+        )
         try:
             async with self.claims.lock(layer.digest):
-                transfer = LayerTransfer(
-                    layer,
-                    self.store.blobs,
-                    self.layers,
-                    client,
-                    lambda position: meter.advance(layer.digest, position),
-                )
                 running.add(transfer)
                 try:
                     whole = await trio.to_thread.run_sync(
@@ -137,8 +133,9 @@ class LayerFetcher:
         except (RegistryError, DamagedBlob, LayerError, InvalidManifest, OSError) as error:
             give_up()
             if is_full_disk(error):
+                needed = meter.missing_bytes(layer.digest, transfer.unpacked_bytes)
                 raise DiskFullError(
-                    f"the disk is full, at least {meter.remaining_bytes} more bytes are needed"
+                    f"the disk is full, about {needed} more bytes are needed"
                 ) from error
             raise LayerFetchError(f"layer {layer.digest}: {cause_of(error)}") from error
         meter.finish(layer.digest)
@@ -155,13 +152,14 @@ class LayerFetcher:
                 await trio.to_thread.run_sync(layer.drop)
             raise
 
-    def _find_lacking(self, wanted: Iterable[WantedLayer]) -> dict[WantedLayer, bool]:
-        """Those of the layers, each once, for which something is to be done, and whether it is
-        built. Raises DiskFullError for what does not fit even before it is unpacked.
+    def _find_lacking(self, wanted: Iterable[WantedLayer]) -> Collection[WantedLayer]:
+        """Those of the layers, each once, for which something is to be done.
+
+        Raises DiskFullError for what does not fit even before it is unpacked.
         """
         lacking = {layer.digest: layer for layer in wanted if not self._is_present(layer)}
         self._check_space(lacking.values())
-        return {layer: self.layers.has(layer.diff_id) for layer in lacking.values()}
+        return lacking.values()
 
     def _is_present(self, layer: WantedLayer) -> bool:
         blobs = self.store.blobs
@@ -188,17 +186,6 @@ class LayerFetcher:
                 f"the disk is too full: the layers need {needed} bytes, {free} are free, "
                 f"{needed - free} bytes are missing"
             )
-
-    def _discard(self, lacking: Mapping[WantedLayer, bool]) -> None:
-        """Give back the space of what was fetched and built, as far as nothing else uses it."""
-        stored = [layer for image in self.store.images() for layer in image.layers]
-        used = {layer.digest for layer in stored} | {layer.diff_id for layer in stored}
-        for layer, was_built in lacking.items():
-            if layer.digest not in used and not self.claims.is_shared(layer.digest):
-                self.store.blobs.discard(layer.digest)
-            is_free = layer.diff_id not in used and not self.claims.is_shared(layer.diff_id)
-            if is_free and not was_built and self.layers.has(layer.diff_id):
-                self.layers.remove(layer.diff_id)
 
 
 async def _abort_when_cancelled(client: MirroredRegistry, running: set[LayerTransfer]) -> None:

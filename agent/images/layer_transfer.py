@@ -37,8 +37,9 @@ class _BadSource(Exception):
 class LayerTransfer:
     """Fetches one layer, in a worker thread of trio; used once.
 
-    `on_position` is told, from that thread, how many of the blob's bytes are through. The caller
-    sees that nobody else fetches the same layer.
+    `on_position` is told, from that thread, how many of the blob's bytes are through, and
+    `unpacked_bytes` is what they came to when it has ended. The caller sees that nobody else
+    fetches the same layer.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class LayerTransfer:
         self._layers = layers
         self._client = client
         self._on_position = on_position
+        self.unpacked_bytes = 0
         self._build: LayerBuild | None = None
         self._persistence = Persistence(retry.PULL)
 
@@ -98,6 +100,7 @@ class LayerTransfer:
             try:
                 yield self._build
             finally:
+                self.unpacked_bytes = self._build.tar_bytes
                 self._build = None
 
     def _fetch(self) -> WholeLayer:

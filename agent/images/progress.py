@@ -17,6 +17,11 @@ _SHORTEST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 0.5
 _RATE_WINDOW_S = 5
 
+# What layers come in.
+_BLOCK = 1 << 20
+# A block of the file system: it was not there.
+_SMALLEST_LACK = 4096
+
 
 @attrs.frozen
 class PullProgress:
@@ -73,6 +78,15 @@ class ProgressMeter:
     def remaining_bytes(self) -> int:
         """How much of the needed layers' blobs is not through."""
         return self._total_bytes - sum(self._positions.values())
+
+    def missing_bytes(self, digest: str, unpacked_bytes: int) -> int:
+        """What the layers will still take of a disk, if all grow as one did when it was unpacked.
+
+        Each byte takes room twice, in the blob and, grown, in the EROFS image.
+        """
+        through = max(self._positions[digest], min(self._sizes[digest], _BLOCK))
+        growth = max(1.0, unpacked_bytes / max(through, 1))
+        return max(round(self.remaining_bytes * (1 + growth)), _SMALLEST_LACK)
 
     def frame(self) -> PullProgress:
         """How far it is now."""

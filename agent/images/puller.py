@@ -20,6 +20,7 @@ from agent.images.layer_fetcher import (
     LayerFetcher,
     LayerFetchError,
 )
+from agent.images.layer_transfer import is_full_disk
 from agent.images.manifest import InvalidManifest
 from agent.images.platform import NoSuchPlatform, Platform, local_platform
 from agent.images.progress import OnProgress, PullProgress, report_waiting, telling
@@ -29,6 +30,7 @@ from agent.images.reference import Reference
 from agent.images.registries import RegistryError, RegistrySettings
 from agent.images.registry_hosts import HostsError
 from agent.images.resolution import Question, ResolvedImage
+from agent.images.rollback import Rollback
 from protocol import retry
 from protocol.errors import ErrorCode
 from protocol.values import PullPlan, RegistryAuth
@@ -58,6 +60,7 @@ class Puller:
         self._layers = layers
         self._registries = registries
         self._fetcher = LayerFetcher(store, layers, claims or LayerClaims())
+        self._rollback = Rollback(store, layers, self._fetcher.claims)
 
     async def pull(
         self,
@@ -74,7 +77,7 @@ class Puller:
         ``platform`` None is this machine's. ``on_progress`` is awaited with one PullProgress
         after the other while layers are fetched; what it raises ends the pull. Cancelled or
         failed, a pull changes no reference; complete blobs stay, and what there is of others, for
-        the next one.
+        the next one. Where the disk is full, only those stay that were there before.
 
         Raises:
             AgentError: PULL_FAILED, naming the image, what failed and the cause.
@@ -84,8 +87,19 @@ class Puller:
             self._conversation(reference, auth, proxy, no_proxy) as (client, limiter),
             self._resolved(client, question, on_progress, limiter) as image,
         ):
-            await self._fetcher.fetch(image.layers, client, on_progress, limiter)
-            return await trio.to_thread.run_sync(self._name, question, image, limiter=limiter)
+            before = await trio.to_thread.run_sync(
+                self._rollback.look, image.digests, limiter=limiter
+            )
+            try:
+                await self._fetcher.fetch(image.layers, client, on_progress, limiter)
+                return await trio.to_thread.run_sync(
+                    self._name_fitting, question, image, limiter=limiter
+                )
+            except DiskFullError:
+                await trio.to_thread.run_sync(
+                    self._rollback.undo, image.digests, before, limiter=limiter
+                )
+                raise
 
     async def plan(
         self,
@@ -211,6 +225,17 @@ class Puller:
             PullProgress(f"{question.reference}: {cause}; taking the image in the store")
         )
         return ResolvedImage.of(known)
+
+    def _name_fitting(self, question: Question, image: ResolvedImage) -> StoredImage:
+        try:
+            return self._name(question, image)
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            needed = sum(map(len, image.documents))
+            raise DiskFullError(
+                f"the disk is full, about {needed} more bytes are needed"
+            ) from error
 
     def _name(self, question: Question, image: ResolvedImage) -> StoredImage:
         """Make the image, whose layers are all there, one of the store's."""

@@ -38,13 +38,16 @@ def unfinished(storage: Path) -> list[str]:
 
 
 def inventory(storage: Path) -> dict[str, int]:
-    """Everything that pulls leave, with its size in bytes."""
-    return {
+    """Everything that pulls leave, with its size in bytes; beginnings of no bytes do not count."""
+    found = {
         str(path.relative_to(storage)): path.lstat().st_size
         for part in ("oci", "erofs")
         for path in (storage / part).rglob("*")
         if not path.is_dir()
-    } | {f"layers/{path.name}": 0 for path in (storage / "layers").iterdir()}
+    }
+    nothing = {path for path, size in found.items() if path.startswith("oci/ingest/") and not size}
+    mounted = {f"layers/{path.name}": 0 for path in (storage / "layers").iterdir()}
+    return {path: size for path, size in found.items() if path not in nothing} | mounted
 
 
 def read_by_skopeo(storage: Path, references: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import re
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from tests.support.layout import gzip_layer, plain_layer, zstd_layer
 from tests.support.machine import Machine, booted
 from tests.support.rounds import rounds
 from tests.support.store import (
+    inventory,
     lacking_bytes,
     read_by_skopeo,
     unfinished,
@@ -146,8 +148,9 @@ async def check_image(
         noise = (mounted / "noise" / name).read_bytes()
         assert noise == hashlib.shake_128(name.encode()).digest(len(noise)), name
         assert len(noise) == random.Random(name).randrange(100 << 10, 5 << 20)
-    assert unfinished(machine.storage) == []
-    assert wrong_blobs(machine.storage) == []
+    storage = machine.path("/storage")
+    assert unfinished(storage) == []
+    assert wrong_blobs(storage) == []
     assert (await run(client, target.reference)).exit_code == 0
 
 
@@ -189,3 +192,136 @@ async def test_an_agent_that_is_killed_at_any_moment_of_a_pull_leaves_a_store_th
                 pulled.append(target.reference)
                 await trio.to_thread.run_sync(read_by_skopeo, storage, pulled[-1:])
     assert kept_bytes > 0
+
+
+async def pull_or_not(machine: Machine, target: Target, scope: trio.CancelScope) -> bool:
+    """Whether a pull ended well, rather than by the agent's death or by our hanging up."""
+    with scope:
+        return not await pull_until_death(machine, target.reference)
+    return False
+
+
+@pytest.mark.timeout(3600)
+async def test_two_overlapping_pulls_at_once_go_on_after_either_hung_up_or_the_agent_died(
+    registry: LocalRegistry, proxy: CountingProxy, images: Images, tmp_path: Path
+) -> None:
+    chances = chance("two pulls")
+    trials = rounds(3, 30)
+    for first in range(0, trials, DEATHS_OF_ONE_MACHINE):
+        with booted(tmp_path / f"{first}", insecure_registries=[proxy.address]) as machine:
+            for trial in range(first, min(first + DEATHS_OF_ONE_MACHINE, trials)):
+                shared = [f"shared-{trial}-{n}" for n in range(3)]
+                targets = [
+                    make_target(images, proxy, f"{side}-{trial}", names, chances)
+                    for side, names in (
+                        ("left", [*shared, f"left-{trial}"]),
+                        ("right", [f"right-{trial}", *shared]),
+                    )
+                ]
+                await cut_off_two(machine, proxy, targets, chances)
+                await trio.to_thread.run_sync(
+                    read_by_skopeo, machine.storage, [target.reference for target in targets]
+                )
+
+
+async def cut_off_two(
+    machine: Machine, proxy: CountingProxy, targets: list[Target], chances: random.Random
+) -> None:
+    """Pull two images, end one pull or the agent in the middle, and pull both again."""
+    sizes = targets[0].sizes | targets[1].sizes
+    due = chances.randrange(sum(sizes.values()))
+    victim = chances.choice(["left", "right", "agent"])
+    print(f"{targets[0].image.tag}, {targets[1].image.tag}: {victim} ends after {due} bytes")
+    scopes = [trio.CancelScope(), trio.CancelScope()]
+    done = [False, False]
+    token = trio.lowlevel.current_trio_token()
+    pid, serving = machine.agent_pid(), successor(machine)
+
+    def cut_off() -> None:
+        if victim == "agent":
+            os.kill(pid, signal.SIGKILL)
+        else:
+            token.run_sync_soon(scopes[victim == "right"].cancel)
+
+    async def pull_one(side: int) -> None:
+        done[side] = await pull_or_not(machine, targets[side], scopes[side])
+
+    proxy.settle()
+    proxy.when_served(due, cut_off)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pull_one, 0)
+        nursery.start_soon(pull_one, 1)
+    if victim == "agent":
+        await serving()
+    else:
+        assert done[victim != "right"], "the other pull failed"
+    await trio.to_thread.run_sync(proxy.settle)
+    lacking = lacking_bytes(machine.storage, sizes)
+    infos: list[dict[str, object]] = [{}, {}]
+
+    async def pull_again(side: int) -> None:
+        async with open_client(machine.address) as client:
+            infos[side] = await pull(client, targets[side].reference)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pull_again, 0)
+        nursery.start_soon(pull_again, 1)
+    for digest, sent in proxy.served.items():
+        assert digest not in sizes or sent <= lacking.get(digest, 0)
+    async with open_client(machine.address) as client:
+        for target, info in zip(targets, infos, strict=True):
+            await check_image(machine, client, target, info)
+
+
+async def test_a_disk_that_fills_up_at_any_moment_leaves_the_store_as_it_was_and_says_how_much(
+    registry: LocalRegistry, proxy: CountingProxy, images: Images, tmp_path: Path
+) -> None:
+    """What an earlier pull has left, whole blobs and beginnings, is there as well afterwards."""
+    chances = chance("full disk")
+    target = make_target(images, proxy, "full", [f"full-{n}" for n in range(5)], chances)
+    with booted(tmp_path, insecure_registries=[proxy.address], storage_mib=96) as machine:
+        storage = machine.path("/storage")
+        pid, serving = machine.agent_pid(), successor(machine)
+        proxy.settle()
+        proxy.when_served(target.total_bytes // 2, lambda: os.kill(pid, signal.SIGKILL))
+        assert await pull_until_death(machine, target.reference)
+        await serving()
+        assert unfinished(storage)
+        async with open_client(machine.address) as client:
+            await pull(client, proxy.reference(images.busybox.reference))
+            free = sorted(
+                chances.randrange(target.total_bytes // 2, 5 * target.total_bytes // 2)
+                for _ in range(rounds(8, 100))
+            )
+            missing = []
+            for left in [*free, 4 * target.total_bytes]:
+                before = inventory(storage)
+                with ballast(storage, left):
+                    answer = await client.request(requests.Pull(image=target.reference))
+                if isinstance(answer, responses.Ok):
+                    break
+                print(f"{left} bytes free: {answer}")
+                assert isinstance(answer, responses.Error)
+                said = re.search(r"(\d+) (?:more )?bytes are (?:missing|needed)", answer.message)
+                assert said, answer
+                missing.append(int(said[1]))
+                assert missing[-1] > 0
+                assert inventory(storage) == before
+            assert missing
+            assert isinstance(answer, responses.Ok)
+            await check_image(machine, client, target, answer.data)
+
+
+@contextmanager
+def ballast(storage: Path, left_bytes: int) -> Iterator[None]:
+    """Fill the disk up to so many bytes for the block."""
+    path = storage / "workspace/ballast"
+    status = os.statvfs(storage)
+    with path.open("wb") as file:
+        size = status.f_bavail * status.f_frsize - left_bytes
+        if size > 0:
+            os.posix_fallocate(file.fileno(), 0, size)
+    try:
+        yield
+    finally:
+        path.unlink()

@@ -46,6 +46,12 @@ class RecordingLayers:
         self.mounted.append((blob_digest, diff_id))
         return Path("/")
 
+    def mounts(self) -> set[str]:
+        return {blob_digest for blob_digest, _ in self.mounted}
+
+    def unmount(self, blob_digest: str) -> None:
+        self.mounted = [mounted for mounted in self.mounted if mounted[0] != blob_digest]
+
     def remove(self, diff_id: str) -> int:
         return len(self.tars.pop(diff_id))
 
@@ -67,6 +73,10 @@ class RecordingBuild:
         self._decompression = decompression
         self._tar = bytearray()
         self._interrupted = threading.Event()
+
+    @property
+    def tar_bytes(self) -> int:
+        return len(self._tar)
 
     def write(self, data: bytes) -> None:
         if self._layers.failure is not None:

@@ -791,7 +791,7 @@ async def test_a_disk_that_runs_full_is_told_and_left_as_it_was(
             let_go.set()
 
         message = await pulling.refused(server.reference())
-    assert message == "the disk is full, at least 300000 more bytes are needed"
+    assert message == "the disk is full, about 600000 more bytes are needed"
     assert pulling.files() == before
     assert set(pulling.layers.tars) == built
     pulling.layers.failure = None
