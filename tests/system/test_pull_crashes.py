@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from attrs import frozen
 
 from initramfs.local_registry import LocalRegistry
 from protocol import requests, responses
@@ -22,9 +21,9 @@ from tests.support.counting_proxy import CountingProxy, counting_proxy
 from tests.support.crash import successor
 from tests.support.directory_events import on_each_event
 from tests.support.execution import execute, pull, run
-from tests.support.images import Images, PushedImage
-from tests.support.layout import gzip_layer, plain_layer, zstd_layer
+from tests.support.images import Images
 from tests.support.machine import Machine, booted
+from tests.support.pull_targets import Target, make_target
 from tests.support.rounds import rounds
 from tests.support.store import (
     inventory,
@@ -40,42 +39,6 @@ DEATHS_OF_ONE_MACHINE = 5
 MOST_EVENTS = 70
 # Received by the machine's sockets, but not yet by the agent.
 IN_FLIGHT_BYTES = 8 << 20
-
-
-@frozen
-class Target:
-    """An image to be pulled, and what each of its layers has to come to."""
-
-    image: PushedImage
-    reference: str
-    sizes: dict[str, int]
-    contents: dict[str, str]
-    """By layer: the name of its only file, which is the seed of its content, too."""
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.sizes.values())
-
-
-def make_target(
-    images: Images, proxy: CountingProxy, tag: str, names: list[str], chances: random.Random
-) -> Target:
-    """An image of one noisy layer a name, of 0.1 to 5 MiB each, packed this way and that."""
-    packs = [gzip_layer, plain_layer, zstd_layer]
-    layers = {
-        name: images.noise_layer(
-            name,
-            random.Random(name).randrange(100 << 10, 5 << 20),
-            packs[len(name) % 3 if name.startswith("shared") else chances.randrange(3)],
-        )
-        for name in names
-    }
-    image = images.variant(tag, {"Cmd": ["/bin/true"], "Env": ["PATH=/bin"]}, *layers.values())
-    sizes = {layer.digest: len(layer.blob) for layer in layers.values()}
-    base = image.layers[0]
-    sizes[base] = (image.layout / "blobs/sha256" / base.removeprefix("sha256:")).stat().st_size
-    contents = {layer.digest: name for name, layer in layers.items()}
-    return Target(image, proxy.reference(image.reference), sizes, contents)
 
 
 @pytest.fixture(scope="module")
