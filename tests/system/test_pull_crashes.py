@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,10 @@ async def kill_in_mid_pull(
     pid = machine.agent_pid()
     serving = successor(machine)
 
+    killed = threading.Event()
+
     def kill() -> None:
+        killed.set()
         os.kill(pid, signal.SIGKILL)
 
     proxy.settle()
@@ -81,7 +85,7 @@ async def kill_in_mid_pull(
         due = chances.randrange(target.total_bytes)
         moment = f"after {due} of {target.total_bytes} bytes"
         proxy.when_served(due, kill)
-        died = await pull_until_death(machine, target.reference)
+        await pull_until_death(machine, target.reference)
     else:
         event = chances.randrange(1, MOST_EVENTS)
         moment = f"at event {event} in the store"
@@ -90,12 +94,11 @@ async def kill_in_mid_pull(
         with on_each_event(
             [storage / part for part in parts], lambda count: kill() if count == event else None
         ):
-            died = await pull_until_death(machine, target.reference)
-    if not died:
+            await pull_until_death(machine, target.reference)
+    if not killed.is_set():
         # Too late for this pull: then what it has left is to survive.
         moment += ", which was after its end"
-        if machine.agent_pid() == pid:
-            kill()
+        kill()
     await serving()
     return moment
 
