@@ -22,6 +22,6 @@ def successor(machine: Machine) -> Callable[[], Awaitable[None]]:
     served = machine.console_text().count(SERVING)
 
     async def serving() -> None:
-        await until(lambda: machine.console_text().count(SERVING) > served, machine.console)
+        await until(lambda: machine.console_text().count(SERVING) > served, machine.console, 60)
 
     return serving
