@@ -9,23 +9,21 @@ import typer
 from rich.filesize import decimal
 
 from protocol import decode_value, requests, responses
-from protocol.cli import copy, execution, output, workload
-from protocol.cli.arguments import CommandAfterImage, CommandAfterOptions
-from protocol.cli.connection import AGENT_ERRORS, CommandFailed, Settings, converse, settings_of
-from protocol.cli.execution import PullPolicy
-from protocol.cli.export import STDOUT, export_layer
-from protocol.cli.pull import pull
-from protocol.client import AgentClient
-from protocol.values import (
-    CollectedGarbage,
-    ImageInfo,
-    NetworkReport,
-    PullPlan,
-    StorageStatus,
+from protocol.cli import copy, execution, images, output, workload
+from protocol.cli.arguments import CommandAfterImage, CommandAfterOptions, Image, PlatformOption
+from protocol.cli.connection import (
+    AGENT_ERRORS,
+    FAILED,
+    CommandFailed,
+    Settings,
+    ask,
+    converse,
+    settings_of,
 )
+from protocol.cli.execution import PullPolicy
+from protocol.client import AgentClient
+from protocol.values import NetworkReport, StorageStatus
 
-PULL_PLAN: Final = "pull-plan-v1"
-_FAILED: Final = 1
 _INTERRUPTED: Final = 130
 
 app = typer.Typer(
@@ -35,19 +33,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# Without a name: its commands are ours.
+app.add_typer(images.app)
 app.add_typer(workload.app)
 
-Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An image reference, as in docker.")]
 Command = Annotated[
     list[str], typer.Argument(metavar="COMMAND", help="The command and its arguments.")
 ]
 ImageCommand = Annotated[
     list[str] | None,
     typer.Argument(metavar="COMMAND", help="The command; without one, the image's own."),
-]
-PlatformOption = Annotated[
-    str | None,
-    typer.Option("--platform", metavar="OS/ARCH[/VARIANT]", help="Default: the VM's own."),
 ]
 EnvOption = Annotated[
     list[str] | None,
@@ -119,76 +114,6 @@ def ping(context: typer.Context) -> None:
     print(f"pong: protocol version {pong.version}, {seconds * 1000:.1f} ms{capabilities}")
 
 
-@app.command(name="pull")
-def pull_image(
-    context: typer.Context,
-    image: Image,
-    platform: PlatformOption = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be fetched.")
-    ] = False,
-) -> None:
-    """Fetch an image into the VM's store."""
-    settings = settings_of(context)
-
-    async def conversation(client: AgentClient) -> responses.Ok:
-        if dry_run:
-            # An agent that does not know it would pull.
-            pong = await client.ask(requests.Ping(), responses.Pong)
-            if PULL_PLAN not in pong.capabilities:
-                raise CommandFailed("this agent cannot say what a pull would fetch", _FAILED)
-        return await pull(client, image, platform, dry_run=dry_run)
-
-    answer = converse(settings, conversation)
-    if settings.json:
-        output.print_json(answer)
-        return
-    if dry_run:
-        output.print_plan(decode_value(answer.data, PullPlan))
-        return
-    info = decode_value(answer.data, ImageInfo)
-    print(f"{info.reference} {info.digest}")
-
-
-@app.command()
-def images(context: typer.Context) -> None:
-    """List the images in the VM's store."""
-    settings = settings_of(context)
-    answer = _ask(settings, requests.ListImages())
-    if settings.json:
-        output.print_json(answer)
-        return
-    output.print_images(decode_value(answer.data, tuple[ImageInfo, ...]))
-
-
-@app.command()
-def query(context: typer.Context, image: Image) -> None:
-    """Describe an image of the VM's store."""
-    settings = settings_of(context)
-    answer = _ask(settings, requests.Query(image))
-    if settings.json:
-        output.print_json(answer)
-        return
-    output.print_image(decode_value(answer.data, ImageInfo))
-
-
-@app.command()
-def gc(
-    context: typer.Context,
-    purge: Annotated[bool, typer.Option("--purge", help="Forget all images first.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be removed.")
-    ] = False,
-) -> None:
-    """Remove what no image and no overlay needs any more."""
-    settings = settings_of(context)
-    answer = _ask(settings, requests.GarbageCollect(dry_run=dry_run, purge_all=purge))
-    if settings.json:
-        output.print_json(answer)
-        return
-    output.print_garbage(decode_value(answer.data, CollectedGarbage))
-
-
 @app.command(name="network-test")
 def network_test(
     context: typer.Context,
@@ -196,56 +121,21 @@ def network_test(
 ) -> None:
     """Say how far the VM gets on its way to a URL."""
     settings = settings_of(context)
-    answer = _ask(settings, requests.NetworkTest(url))
+    answer = ask(settings, requests.NetworkTest(url))
     report = decode_value(answer.data, NetworkReport)
     if settings.json:
         output.print_json(answer)
     else:
         output.print_network_report(report)
     if not report.ok:
-        raise typer.Exit(_FAILED)
-
-
-@app.command(name="export-layer")
-def export_one_layer(
-    context: typer.Context,
-    image: Annotated[
-        str,
-        typer.Argument(metavar="IMAGE", help="Its digest, the digest's start, or a reference."),
-    ],
-    index: Annotated[int, typer.Argument(metavar="INDEX", min=0, help="0 is the bottom layer.")],
-    target: Annotated[
-        str, typer.Option("-o", "--output", metavar="FILE", help="Where to; - is stdout.")
-    ] = STDOUT,
-) -> None:
-    """Write the uncompressed tar of a layer."""
-    converse(settings_of(context), lambda client: export_layer(client, image, index, target))
-
-
-@app.command(name="flatten-layers")
-def flatten_layers(
-    context: typer.Context,
-    lowerdirs: Annotated[
-        list[str],
-        typer.Argument(metavar="LOWERDIR...", help="Directories of the VM, the topmost first."),
-    ],
-    target: Annotated[
-        str,
-        typer.Option("-o", "--output", metavar="DIR", help="A new directory of the VM."),
-    ],
-) -> None:
-    """Merge layers in the VM into one directory, as overlayfs shows them."""
-    settings = settings_of(context)
-    answer = _ask(settings, requests.FlattenLayers(tuple(lowerdirs), target))
-    if settings.json:
-        output.print_json(answer)
+        raise typer.Exit(FAILED)
 
 
 @app.command()
 def status(context: typer.Context) -> None:
     """Show the state of the VM's storage."""
     settings = settings_of(context)
-    answer = _ask(settings, requests.StorageStatus())
+    answer = ask(settings, requests.StorageStatus())
     if settings.json:
         output.print_json(answer)
         return
@@ -264,7 +154,7 @@ def status(context: typer.Context) -> None:
 def shutdown(context: typer.Context) -> None:
     """Stop everything in the VM and power it off."""
     settings = settings_of(context)
-    answer = _ask(settings, requests.Shutdown())
+    answer = ask(settings, requests.Shutdown())
     if settings.json:
         output.print_json(answer)
 
@@ -399,10 +289,6 @@ def copy_command(
     copy.copy(settings_of(context), source, destination, options)
 
 
-def _ask(settings: Settings, request: requests.AgentRequest) -> responses.Ok:
-    return converse(settings, lambda client: client.ask(request, responses.Ok))
-
-
 def run(arguments: list[str]) -> int:
     """Run a command line; the exit code to end with. Says what failed in one line on stderr."""
     try:
@@ -415,7 +301,7 @@ def run(arguments: list[str]) -> int:
         return error.exit_code
     except AGENT_ERRORS as error:
         output.print_error(str(error))
-        return _FAILED
+        return FAILED
     except typer.TyperException as error:
         output.print_error(f"{error.format_message()} (see innkeep --help)")
         return error.exit_code
@@ -425,5 +311,5 @@ def run(arguments: list[str]) -> int:
         # The interpreter flushes once more on its way out, and must not find the pipe. This is
         # for what is still buffered; typer does the same for what the command itself wrote.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _FAILED
+        return FAILED
     return code if isinstance(code, int) else 0

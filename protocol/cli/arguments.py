@@ -1,8 +1,15 @@
-"""Command lines that end in another command's."""
+"""Arguments that several commands have, and command lines that end in another command's."""
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
+
+Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An image reference, as in docker.")]
+PlatformOption = Annotated[
+    str | None,
+    typer.Option("--platform", metavar="OS/ARCH[/VARIANT]", help="Default: the VM's own."),
+]
 
 
 class CommandAfterOptions(TyperCommand):

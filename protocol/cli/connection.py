@@ -8,6 +8,7 @@ import attrs
 import trio
 import typer
 
+from protocol import requests, responses
 from protocol.address import InvalidAddress
 from protocol.client import AgentClient, AgentRefused, ConnectionFailed, connect
 from protocol.errors import ProtocolError
@@ -17,6 +18,9 @@ Result = TypeVar("Result")
 _CONNECT_TIMEOUT_S: Final = 10
 
 _USAGE: Final = 2
+
+FAILED: Final = 1
+"""The exit code where nothing else says more."""
 
 AGENT_ERRORS: Final = (AgentRefused, ConnectionFailed, ProtocolError)
 """What a conversation may end in."""
@@ -91,3 +95,8 @@ def converse(
             return await conversation(client)
 
     return trio.run(whole)
+
+
+def ask(settings: Settings, request: requests.AgentRequest) -> responses.Ok:
+    """A conversation of one request."""
+    return converse(settings, lambda client: client.ask(request, responses.Ok))

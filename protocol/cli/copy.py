@@ -11,7 +11,7 @@ from typing import Final
 import attrs
 
 from protocol import requests, responses
-from protocol.cli.connection import CommandFailed, Settings, converse
+from protocol.cli.connection import FAILED, CommandFailed, Settings, converse
 from protocol.cli.download import Download
 from protocol.cli.output import print_error
 from protocol.cli.places import (
@@ -32,7 +32,6 @@ from protocol.values import FileInfo
 
 _NEEDED: Final = frozenset({"file-resume-v1", "file-mtime-v1", "file-tree-v1", "tar-stream-v1"})
 _KINDS: Final = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
-_FAILED: Final = 1
 _USAGE: Final = 2
 
 
@@ -77,10 +76,10 @@ def copy(settings: Settings, source: str, destination: str, options: Options) ->
     except BrokenPipeError:
         raise
     except (UnsafeEntry, tarfile.TarError) as error:
-        raise CommandFailed(f"{source}: {error}", _FAILED) from error
+        raise CommandFailed(f"{source}: {error}", FAILED) from error
     except OSError as error:
         about = f"{error.filename}: " if error.filename is not None else ""
-        raise CommandFailed(f"{about}{error.strerror or error}", _FAILED) from error
+        raise CommandFailed(f"{about}{error.strerror or error}", FAILED) from error
 
 
 async def _check_capabilities(client: AgentClient) -> None:
@@ -88,7 +87,7 @@ async def _check_capabilities(client: AgentClient) -> None:
     missing = sorted(_NEEDED.difference(pong.capabilities))
     if missing:
         raise CommandFailed(
-            f"the agent is too old for copying: it lacks {', '.join(missing)}", _FAILED
+            f"the agent is too old for copying: it lacks {', '.join(missing)}", FAILED
         )
 
 
@@ -99,7 +98,7 @@ async def _copy_in(
     there_is = None if there is None else there.kind
     if isinstance(source, Stream):
         if there_is != "directory":
-            raise CommandFailed(f"{destination} is no directory", _FAILED)
+            raise CommandFailed(f"{destination} is no directory", FAILED)
         if sys.stdin is None or sys.stdin.isatty():
             raise CommandFailed("a terminal gives no tar stream", _USAGE)
         _remark(await upload.standard_input(sys.stdin.fileno(), destination.path))
@@ -108,7 +107,7 @@ async def _copy_in(
     follow = options.follow_link or says_directory(source.path)
     kind = _kind(path, follow=follow)
     if kind is None:
-        raise CommandFailed(f"{source} does not exist", _FAILED)
+        raise CommandFailed(f"{source} does not exist", FAILED)
     where = target(source, kind, _name(path), destination, there_is)
     if kind == "file":
         await upload.file(path, where)
@@ -118,7 +117,7 @@ async def _copy_in(
         parent, _, name = where.rpartition("/")
         _remark(await upload.tree(upload.source(path, name, follow=False), parent or "/"))
     else:
-        raise CommandFailed(f"{source} is {kind}: no file, directory or link", _FAILED)
+        raise CommandFailed(f"{source} is {kind}: no file, directory or link", FAILED)
 
 
 async def _copy_out(
@@ -127,7 +126,7 @@ async def _copy_out(
     follow = options.follow_link or says_directory(source.path)
     info = await _stat(download, source.path, follow=follow)
     if info is None:
-        raise CommandFailed(f"{source} does not exist", _FAILED)
+        raise CommandFailed(f"{source} does not exist", FAILED)
     name = PurePosixPath(source.path).name
     if isinstance(destination, Stream):
         if sys.stdout is None or sys.stdout.isatty():
@@ -142,15 +141,15 @@ async def _copy_out(
         await download.tree(source.path, where, failed.append)
         _remark(failed)
         if failed:
-            raise CommandFailed(f"not all of {source} was copied: {len(failed)} left out", _FAILED)
+            raise CommandFailed(f"not all of {source} was copied: {len(failed)} left out", FAILED)
     elif _kind(where, follow=False) == "directory":
-        raise CommandFailed(f"{where} is a directory, and {source} is none", _FAILED)
+        raise CommandFailed(f"{where} is a directory, and {source} is none", FAILED)
     elif info.kind == "file":
         await download.file(source.path, info, where)
     elif info.kind == "symlink" and info.target is not None and not info.escaped:
         _make_link(where, info.target)
     else:
-        raise CommandFailed(f"{source} is {info.kind}: no file, directory or link", _FAILED)
+        raise CommandFailed(f"{source} is {info.kind}: no file, directory or link", FAILED)
 
 
 def _kind(path: Path, *, follow: bool) -> str | None:

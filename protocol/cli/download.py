@@ -15,7 +15,7 @@ import trio
 
 from protocol import decode_value, requests, responses
 from protocol.cli.blocks import BlockReader, open_blocks
-from protocol.cli.connection import CommandFailed, first_failure
+from protocol.cli.connection import FAILED, CommandFailed, first_failure
 from protocol.cli.progress import ByteBar
 from protocol.cli.streams import write_all
 from protocol.cli.unpacking import Unpacking
@@ -25,7 +25,6 @@ from protocol.values import FileInfo
 SEGMENT_BYTES: Final = 16 * 1024 * 1024
 """What is asked for, and checked against its digest, at once."""
 _BLOCK: Final = 1024 * 1024
-_FAILED: Final = 1
 _KEPT_BITS: Final = 0o1777
 _ALL_BITS: Final = 0o7777
 
@@ -71,7 +70,7 @@ class Download:
                         break
                 now = await self.stat(path, follow=True)
                 if done != info.size or now != info:
-                    raise CommandFailed(f"{path} has changed while it was copied", _FAILED)
+                    raise CommandFailed(f"{path} has changed while it was copied", FAILED)
                 self._adopt_attributes(file, info)
             except BaseException:
                 # Nothing in it that would be gone on with.
@@ -96,7 +95,7 @@ class Download:
                 file.write(chunk.data)
                 self.bar.advance(len(chunk.data))
         if chunk.sha256 != digest.hexdigest():
-            raise CommandFailed(f"{path} did not arrive as it was sent; try again", _FAILED)
+            raise CommandFailed(f"{path} did not arrive as it was sent; try again", FAILED)
         return file.tell() - offset
 
     def _adopt_attributes(self, file: IO[bytes], info: FileInfo) -> None:

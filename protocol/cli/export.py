@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from protocol import decode_value, requests, responses
-from protocol.cli.connection import CommandFailed
+from protocol.cli.connection import FAILED, CommandFailed
 from protocol.client import AgentClient, expect
 from protocol.values import ImageInfo
 
 STDOUT: Final = "-"
 _USAGE: Final = 2
-_FAILED: Final = 1
 _DIGEST_LENGTH: Final = len("sha256:") + 64
 
 
@@ -41,7 +40,7 @@ async def _config_digest(client: AgentClient, image: str) -> str:
     listed = decode_value(answer.data, tuple[ImageInfo, ...])
     found = {info.digest for info in listed if info.digest.startswith(start)}
     if len(found) > 1:
-        raise CommandFailed(f"{image} is the beginning of several images' digests", _FAILED)
+        raise CommandFailed(f"{image} is the beginning of several images' digests", FAILED)
     if found:
         return found.pop()
     answer = await client.ask(requests.Query(image), responses.Ok)
@@ -68,4 +67,4 @@ def _opened(target: str) -> Iterator[BinaryIO]:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise CommandFailed(f"{target}: {error.strerror}", _FAILED) from error
+        raise CommandFailed(f"{target}: {error.strerror}", FAILED) from error

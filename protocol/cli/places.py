@@ -6,11 +6,10 @@ from typing import Final
 
 import attrs
 
-from protocol.cli.connection import CommandFailed
+from protocol.cli.connection import FAILED, CommandFailed
 
 _VM: Final = "vm:"
 _STREAM: Final = "-"
-_FAILED: Final = 1
 _USAGE: Final = 2
 
 
@@ -69,15 +68,15 @@ def target(source: Named, kind: str, name: str, destination: Named, there: str |
     path = destination.path
     if kind == "directory":
         if there not in (None, "directory"):
-            raise CommandFailed(f"{destination} is no directory, and {source} is one", _FAILED)
+            raise CommandFailed(f"{destination} is no directory, and {source} is one", FAILED)
         inside = there is not None and not says_contents(source.path)
         return _joined(path, name) if inside else path
     if says_directory(source.path):
-        raise CommandFailed(f"{source} is no directory", _FAILED)
+        raise CommandFailed(f"{source} is no directory", FAILED)
     if there == "directory":
         return _joined(path, name)
     if says_directory(path):
-        raise CommandFailed(f"{destination} is no directory", _FAILED)
+        raise CommandFailed(f"{destination} is no directory", FAILED)
     return path
 
 
