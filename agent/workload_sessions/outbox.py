@@ -20,8 +20,9 @@ _MESSAGES: dict[Stream, type[workload.Stdout] | type[workload.Stderr]] = {
 }
 # What a chunk takes besides its bytes; so single bytes cannot take a hundred times their size.
 _CHUNK_OVERHEAD_BYTES = 128
-# Smaller ones are joined to those before them.
-_SMALL_BYTES = 16 * 1024
+# Those that are smaller than a part are joined, up to a whole, and then take what they have.
+_PART_BYTES = 16 * 1024
+_WHOLE_BYTES = 64 * 1024
 
 
 def output(request_id: int, stream: Stream, data: bytes, *, truncated: bool) -> GuestMessage:
@@ -70,13 +71,16 @@ class Outbox:
             last is not None
             and last.number == self._newest
             and isinstance(last.data, bytearray)
-            and len(last.data) + len(data) <= _SMALL_BYTES
+            and len(last.data) + len(data) <= _WHOLE_BYTES
         ):
             last.data += data
             held.cost_bytes += len(data)
+            if len(last.data) > _WHOLE_BYTES - _PART_BYTES:
+                # What is still to grow has an eighth more than it needs.
+                last.data = bytes(last.data)
         else:
             self._newest += 1
-            chunk = _Chunk(self._newest, data if len(data) > _SMALL_BYTES else bytearray(data))
+            chunk = _Chunk(self._newest, data if len(data) > _PART_BYTES else bytearray(data))
             held.chunks.append(chunk)
             held.cost_bytes += chunk.cost_bytes
         while held.cost_bytes > STREAM_BYTES:

@@ -85,7 +85,12 @@ class Outgoing:
 
         Or when the peer is slow: the command waits for the agent, but never for that.
         """
-        while outbox.is_full(stream) and trio.current_time() < self._slow_at:
+        while outbox.is_full(stream):
+            if trio.current_time() >= self._slow_at:
+                # If it was the agent that was held up, the peer's room is seen only now.
+                await trio.lowlevel.checkpoint()
+                if trio.current_time() >= self._slow_at:
+                    return
             with trio.CancelScope(deadline=self._slow_at) as patience:
                 self._patient.add(patience)
                 try:

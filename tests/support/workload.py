@@ -211,3 +211,34 @@ async def outlived(cgroup: Cgroup) -> AsyncIterator[None]:
 def frames(*messages: dict[str, object]) -> bytes:
     """Messages as they are on the wire, from their JSON."""
     return b"".join(encode_frame(json.dumps(message).encode()) for message in messages)
+
+
+LINE_BYTES = 13
+
+
+def counting(lines: int) -> tuple[str, ...]:
+    """A command that writes so many numbered lines, of `LINE_BYTES` each."""
+    return ("awk", f'BEGIN {{ for (i = 1; i <= {lines}; i++) printf "%012d\\n", i }}')
+
+
+@define
+class Counted:
+    """Follows what `counting` writes: every byte arrives, or is told to be missing."""
+
+    offset: int = 0
+    missing_bytes: int = 0
+
+    def feed(self, data: bytes, *, truncated: bool) -> None:
+        """The next message's; raises AssertionError where bytes are missing that nobody told of."""
+        if truncated:
+            line_end = data.index(b"\n")
+            number = int(data[line_end + 1 : line_end + LINE_BYTES])
+            found = (number - 1) * LINE_BYTES - line_end - 1
+            assert found >= self.offset
+            self.missing_bytes += found - self.offset
+            self.offset = found
+        first, skipped = divmod(self.offset, LINE_BYTES)
+        last = (self.offset + len(data)) // LINE_BYTES + 1
+        expected = b"".join(b"%012d\n" % number for number in range(first + 1, last + 1))
+        assert data == expected[skipped : skipped + len(data)]
+        self.offset += len(data)
