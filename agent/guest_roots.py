@@ -54,13 +54,15 @@ class GuestRoots:
         """
         workload = _workload(persistent_overlay_id)
         with ExitStack() as stack:
+            site = await self._open(workload, stack)
             try:
-                yield await self._open(workload, stack)
+                yield site
             finally:
-                # The end of a view's namespace takes its time.
-                closing = stack.pop_all()
-                with trio.CancelScope(shield=True):
-                    await in_thread(closing.close)
+                if site.workload is not None:
+                    # The end of a view's namespace takes its time.
+                    closing = stack.pop_all()
+                    with trio.CancelScope(shield=True):
+                        await in_thread(closing.close)
 
     async def _open(self, workload: str | None, stack: ExitStack) -> Site:
         await self._images.decided()
