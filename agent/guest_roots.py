@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 import trio
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from agent.services import Images
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _WORKSPACE = GuestPath(("workspace",))
 _PERSISTENT = "persistent-"
@@ -63,6 +65,25 @@ class GuestRoots:
                     closing = stack.pop_all()
                     with trio.CancelScope(shield=True):
                         await in_thread(closing.close)
+
+    async def call(
+        self, persistent_overlay_id: str | None, work: Callable[[Site], Result]
+    ) -> Result:
+        """Do in a thread what takes one step only, where a request's files are.
+
+        Raises:
+            AgentError: as ``opened``; what ``work`` raises.
+        """
+        await self._images.decided()
+        if persistent_overlay_id is not None or not self._images.is_open:
+            async with self.opened(persistent_overlay_id) as site:
+                return await in_thread(work, site)
+        # In the same thread: to change threads takes longer than to find the root.
+        return await in_thread(self._call, self._images.value, work)
+
+    def _call(self, images: Images, work: Callable[[Site], Result]) -> Result:
+        with ExitStack() as stack:
+            return work(self._enter(images, None, stack))
 
     async def _open(self, workload: str | None, stack: ExitStack) -> Site:
         await self._images.decided()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 
 from agent.channel import Channel
 from agent.errors import AgentError
@@ -31,8 +32,8 @@ async def file_write(
         mtime_s=request.mtime_s,
         mtime_ns=request.mtime_ns,
     )
-    async with services.roots.opened(request.persistent_overlay_id) as site:
-        return _done(plan, await in_thread(_write, plan, site, request.data))
+    write = partial(_write, plan, data=request.data)
+    return _done(plan, await services.roots.call(request.persistent_overlay_id, write))
 
 
 async def file_write_begin(
