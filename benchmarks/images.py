@@ -159,8 +159,9 @@ def _add_image(layout: Path, tag: str, tars: Iterable[Path]) -> None:
 def _push(layout: Path, registry: LocalRegistry) -> None:
     """Put the images into a registry bit for bit, and one of them compressed anew on its way."""
     exactly = "--preserve-digests"
-    copies = [(tag, tag, exactly) for tag in _GZIP_TAGS]
-    for source, tag, how in (*copies, (MANY_FILES, MANY_FILES_ZSTD, "--dest-compress-format=zstd")):
+    # First: skopeo takes a blob that the registry has of the same layer, however compressed.
+    anew = (MANY_FILES, MANY_FILES_ZSTD, "--dest-compress-format=zstd")
+    for source, tag, how in (anew, *((tag, tag, exactly) for tag in _GZIP_TAGS)):
         _run(
             *("skopeo", "--insecure-policy", "copy", "--quiet", how, "--dest-tls-verify=false"),
             *(f"oci:{layout}:{source}", f"docker://{reference(registry.address, tag)}"),
