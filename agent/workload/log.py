@@ -3,11 +3,10 @@
     stdout, stderr      FIFOs that the workload writes to; it holds them open for reading too
     <n>.<out>.<err>     the n-th part of the log, and how much of each stream was before it
 
-A part is a sequence of records as docker's attach has them (Docker Engine API, "Stream format"): a
-byte for the stream, three more, and a big-endian u32 length. The second byte is 1 where output
-before the record was lost. Output goes from the FIFO into the file without passing the agent's
-memory (splice(2)). While that goes on, the record's length says that it reaches to the end of the
-file, which an agent that finds it after another's death makes true: no byte is lost, none twice.
+A part is a sequence of records (``log_part``). Output goes from the FIFO into the file without
+passing the agent's memory (splice(2)). While that goes on, the record's length says that it reaches
+to the end of the file, which an agent that finds it after another's death makes true: no byte is
+lost, none twice.
 
 The newest bytes are kept, as many as the configuration says, and up to an eighth more. Nobody who
 reads the log is waited for.
@@ -17,9 +16,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,52 +26,14 @@ import trio
 
 from agent.processes.pipes import LARGE_PIPE_BYTES
 from agent.processes.process import Stream
+from agent.workload.log_part import HEADER_BYTES, OPEN, Counts, Part, found_parts, records
 
 RECORD_BYTES = 64 * 1024
 """Of output in a record, at most."""
 
-_HEADER = struct.Struct(">BB2xI")
-_NUMBERS: Mapping[Stream, int] = {Stream.STDOUT: 1, Stream.STDERR: 2}
-_STREAMS: Mapping[int, Stream] = {number: stream for stream, number in _NUMBERS.items()}
-# As a length: to the end of the file.
-_OPEN = 0xFFFFFFFF
 _PARTS = 8
 # Records of single bytes are nine times as long as what is in them: files may have this much more.
 _MOST_OVERHEAD = 2
-
-Counts = dict[Stream, int]
-"""Bytes of each stream."""
-
-
-@attrs.define(eq=False)
-class _Part:
-    """One file of the log."""
-
-    number: int
-    path: Path
-    file: int
-    before: Counts
-    """What the streams had written before it."""
-    held: Counts = attrs.field(factory=lambda: dict.fromkeys(Stream, 0))
-    end: int = 0
-    """Where its last record ends."""
-    last: int = 0
-    """Where that begins."""
-
-    @property
-    def held_bytes(self) -> int:
-        return sum(self.held.values())
-
-    def header(self, offset: int) -> tuple[Stream, bool, int]:
-        """Of a record: its stream, whether output before it was lost, and its length."""
-        number, lost, length = _HEADER.unpack(os.pread(self.file, _HEADER.size, offset))
-        return _STREAMS[number], bool(lost), length
-
-    def write_header(self, offset: int, stream: Stream, length: int, *, lost: bool) -> None:
-        header = _HEADER.pack(_NUMBERS[stream], lost, length)
-        # Short where the disk is full: then there is no such record.
-        if os.pwrite(self.file, header, offset) < len(header):
-            raise OSError("the disk is full")
 
 
 @attrs.define(eq=False)
@@ -81,7 +41,7 @@ class Reader:
     """One reader's place in the log. Made by ``WorkloadLog.reader``; ``close`` ends it."""
 
     _log: WorkloadLog
-    _part: _Part
+    _part: Part
     _offset: int
     _inside: int
     """How much of the record at ``_offset`` was read."""
@@ -110,16 +70,16 @@ class Reader:
             if lost and not self._inside:
                 self._lost.add(stream)
             if self._inside < length:
-                start = self._offset + _HEADER.size + self._inside
+                start = self._offset + HEADER_BYTES + self._inside
                 data = os.pread(part.file, min(length - self._inside, RECORD_BYTES), start)
                 self._inside += len(data)
                 self._read[stream] += len(data)
                 is_truncated = stream in self._lost
                 self._lost.discard(stream)
                 return stream, data, is_truncated
-            if self._offset + _HEADER.size + length >= part.end and part is self._log.newest:
+            if self._offset + HEADER_BYTES + length >= part.end and part is self._log.newest:
                 return None  # it may still grow
-            self._offset += _HEADER.size + length
+            self._offset += HEADER_BYTES + length
             self._inside = 0
 
     def has_read_until(self, counts: Counts) -> bool:
@@ -151,7 +111,7 @@ class WorkloadLog:
 
     directory: Path
     size_bytes: int
-    _parts: deque[_Part]
+    _parts: deque[Part]
     _fifos: dict[Stream, int]
     _lost: set[Stream] = attrs.field(factory=set)
     _on_growth: list[Callable[[], None]] = attrs.field(factory=list)
@@ -175,17 +135,17 @@ class WorkloadLog:
             fifos[stream] = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             with suppress(OSError):
                 fcntl.fcntl(fifos[stream], fcntl.F_SETPIPE_SZ, LARGE_PIPE_BYTES)
-        log = cls(directory, size_bytes, deque(_found(directory)), fifos)
+        log = cls(directory, size_bytes, deque(found_parts(directory)), fifos)
         if not log._parts:
             log._begin_part()
         return log
 
     @property
-    def oldest(self) -> _Part:
+    def oldest(self) -> Part:
         return self._parts[0]
 
     @property
-    def newest(self) -> _Part:
+    def newest(self) -> Part:
         return self._parts[-1]
 
     @property
@@ -246,9 +206,9 @@ class WorkloadLog:
             last, was_lost, last_length = part.header(part.last)
             if last is stream and last_length < RECORD_BYTES:
                 offset, length, lost = part.last, last_length, was_lost
-        start = offset + _HEADER.size + length
+        start = offset + HEADER_BYTES + length
         moved = 0
-        part.write_header(offset, stream, _OPEN, lost=lost)
+        part.write_header(offset, stream, OPEN, lost=lost)
         try:
             os.lseek(part.file, start, os.SEEK_SET)
             with suppress(BlockingIOError):
@@ -266,7 +226,7 @@ class WorkloadLog:
             part.held[stream] += moved
         return moved
 
-    def _begin_part(self) -> _Part:
+    def _begin_part(self) -> Part:
         before = dict.fromkeys(Stream, 0)
         number = 0
         if self._parts:
@@ -274,21 +234,21 @@ class WorkloadLog:
         counts = ".".join(str(before[stream]) for stream in Stream)
         path = self.directory / f"{number}.{counts}"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._parts.append(_Part(number, path, file, before))
+        self._parts.append(Part(number, path, file, before))
         while len(self._parts) > 1 and self._is_dispensable(self.oldest):
             part = self._parts.popleft()
             part.path.unlink(missing_ok=True)
             os.close(part.file)
         return self.newest
 
-    def _is_dispensable(self, part: _Part) -> bool:
+    def _is_dispensable(self, part: Part) -> bool:
         rest = [each for each in self._parts if each is not part]
         return (
             sum(each.held_bytes for each in rest) >= self.size_bytes
             or sum(each.end for each in rest) >= _MOST_OVERHEAD * self.size_bytes
         )
 
-    def part_after(self, part: _Part) -> _Part | None:
+    def part_after(self, part: Part) -> Part | None:
         """For readers: the next one, if there is one yet."""
         return next((each for each in self._parts if each.number > part.number), None)
 
@@ -305,7 +265,7 @@ class WorkloadLog:
         part, offset, inside, read = self.oldest, 0, 0, dict(self.oldest.before)
         excess = sum(each.held_bytes for each in self._parts) - self.size_bytes
         if excess > 0:
-            for at, stream, length in _records(os.pread(part.file, part.end, 0)):
+            for at, stream, length in records(os.pread(part.file, part.end, 0)):
                 offset, inside = at, min(length, excess)
                 excess -= inside
                 read[stream] += inside
@@ -332,38 +292,3 @@ def opened_log(directory: Path, size_bytes: int) -> Iterator[WorkloadLog]:
         yield log
     finally:
         log.close()
-
-
-def _records(content: bytes) -> Iterator[tuple[int, Stream, int]]:
-    """Where each record of a part begins, its stream, and its length."""
-    offset = 0
-    while offset + _HEADER.size <= len(content):
-        number, _, length = _HEADER.unpack_from(content, offset)
-        yield offset, _STREAMS[number], length
-        offset += _HEADER.size + length
-
-
-def _found(directory: Path) -> Iterator[_Part]:
-    """The parts that an earlier agent left, the oldest first, with their last records mended."""
-    found: list[tuple[list[int], Path]] = []
-    for path in directory.iterdir():
-        fields = path.name.split(".")
-        if len(fields) == 1 + len(Stream) and all(field.isdecimal() for field in fields):
-            found.append(([int(field) for field in fields], path))
-    for (number, *before), path in sorted(found):
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        part = _Part(number, path, file, dict(zip(Stream, before, strict=True)))
-        content = os.pread(file, os.fstat(file).st_size, 0)
-        for offset, stream, length in _records(content):
-            start = offset + _HEADER.size
-            if start + length > len(content):
-                # Its agent died in the middle of it.
-                length = len(content) - start
-                if not length:
-                    os.ftruncate(file, offset)
-                    break
-                lost = part.header(offset)[1]
-                part.write_header(offset, stream, length, lost=lost)
-            part.last, part.end = offset, start + length
-            part.held[stream] += length
-        yield part

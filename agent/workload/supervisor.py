@@ -15,7 +15,8 @@ from agent.processes.process import Process, Stdio, Stream
 from agent.workload.commands import Commands, Running
 from agent.workload.end import STOPPED, End
 from agent.workload.keeper import Keeper, ended, start_ticks
-from agent.workload.log import Counts, WorkloadLog
+from agent.workload.log import WorkloadLog
+from agent.workload.log_part import Counts
 from agent.workload.place import Place, Started, Words
 from agent.workload.record import Record, RunRecord
 

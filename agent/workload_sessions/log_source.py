@@ -8,7 +8,8 @@ from collections.abc import Callable
 import attrs
 
 from agent.errors import cause_of
-from agent.workload.log import Counts, Reader, WorkloadLog
+from agent.workload.log import Reader, WorkloadLog
+from agent.workload.log_part import Counts
 from agent.workload.supervisor import Run
 from agent.workload_sessions.outbox import output
 from agent.workload_sessions.outgoing import Outgoing
