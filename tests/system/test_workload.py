@@ -129,8 +129,8 @@ async def test_exec_joins_the_container_of_the_overlay(containers: Machine, imag
         assert told.exit == (4, "exited")
         same = Persistent(containers, client, images.busybox.reference, OVERLAY)
         assert await same.shell("cat /mark") == "mine\n"
-        await peer.shell(2, "stty size", tty=True)
-        assert (await peer.over(2)).stdout == b"24 80\r\n"
+        await peer.shell(2, "test -t 1 && echo terminal", tty=True)
+        assert (await peer.over(2)).stdout == b"terminal\r\n"
         await peer.shell(
             3, "trap 'echo got it; exit 5' USR1; echo on; while :; do sleep 0.01; done"
         )
@@ -147,6 +147,7 @@ async def test_exec_joins_the_container_of_the_overlay(containers: Machine, imag
         await peer.output(6, b"on")
         await peer.stop(10_000)
         assert (await peer.over(6)).exit == (6, "stopped")
+        await freed(peer)
 
 
 async def test_the_token_is_on_no_console_and_in_no_container(
@@ -154,7 +155,6 @@ async def test_the_token_is_on_no_console_and_in_no_container(
 ) -> None:
     async with open_peer(containers.address) as peer, open_client(containers.address) as client:
         await pull(client, images.busybox.reference)
-        await freed(peer, number=50)
         await peer.shell(1, "grep -r . /etc/innkeep /sys/firmware /proc/cmdline; env; true")
         told = await peer.over(1)
     assert TOKEN.encode() not in told.stdout + told.stderr
