@@ -20,23 +20,32 @@ READ_BYTES = 64 * 1024
 BULK_BYTES = 1024 * 1024
 _SO_SNDBUFFORCE = 32  # socket(7): above net.core.wmem_max, which Python has no name for
 
+# A frame in pieces of that size, which the peer's credit may let go one or two at a time, is for a
+# thread: there a wait costs a switch, and in the loop a turn of everything, which without KVM takes
+# longer than the piece.
+THREADED_BYTES = 256 * 1024
+
 
 class PeerGone(Exception):
     """The connection broke while it was read from or sent to: nobody is left to answer."""
 
 
 class Connection:
-    """Frames over a connected socket, which it makes non-blocking, and which the caller closes.
+    """Frames over a connected socket, which it makes blocking, and which the caller closes.
 
     The socket is used directly: a frame that fits the buffers costs one system call each way.
-    Only one task may receive, and only one may send, at a time.
+    Only one task may receive, and only one may send, at a time. Calls say themselves that they do
+    not wait, so that those in a thread can.
     """
 
-    def __init__(self, peer: socket.socket) -> None:
-        peer.setblocking(False)
+    def __init__(self, peer: socket.socket, piece_bytes: int | None = None) -> None:
+        """``piece_bytes`` is the most that one call may send; on vsock that is known."""
+        peer.setblocking(True)
         self.socket = peer
         self._decoder = FrameDecoder()
-        self._piece_bytes = VSOCK_SEND_SIZE if peer.family == socket.AF_VSOCK else None
+        if peer.family == socket.AF_VSOCK:
+            piece_bytes = VSOCK_SEND_SIZE
+        self._piece_bytes = piece_bytes
         self.on_stall: Callable[[], None] | None = None
         """Called whenever a send has to wait for the peer."""
 
@@ -80,7 +89,7 @@ class Connection:
             heard = 0
             while heard < most_bytes:
                 await trio.lowlevel.wait_readable(self.socket)
-                data = self.socket.recv(READ_BYTES)
+                data = self.socket.recv(READ_BYTES, socket.MSG_DONTWAIT)
                 if not data:
                     return
                 heard += len(data)
@@ -92,7 +101,7 @@ class Connection:
             if payload is not None:
                 return payload
             try:
-                data = self.socket.recv(READ_BYTES)
+                data = self.socket.recv(READ_BYTES, socket.MSG_DONTWAIT)
             except OSError:
                 return None
             if not data:
@@ -108,13 +117,17 @@ class Connection:
             PeerGone: the connection broke.
         """
         if self._piece_bytes is not None:
-            for piece in frame_pieces(payload, self._piece_bytes):
-                await self._send_all(piece)
+            pieces = frame_pieces(payload, self._piece_bytes)
+            if len(payload) >= THREADED_BYTES:
+                await self._send_in_thread(pieces)
+            else:
+                for piece in pieces:
+                    await self._send_all(piece)
             return
         # In one system call, and without a copy.
         header = frame_header(payload)
         try:
-            sent = self.socket.sendmsg((header, payload))
+            sent = self.socket.sendmsg((header, payload), (), socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError as error:
@@ -129,7 +142,7 @@ class Connection:
         left = memoryview(data)
         while left:
             try:
-                left = left[self.socket.send(left) :]
+                left = left[self.socket.send(left, socket.MSG_DONTWAIT) :]
             except BlockingIOError:
                 if self.on_stall is not None:
                     self.on_stall()
@@ -137,12 +150,31 @@ class Connection:
             except OSError as error:
                 raise PeerGone(str(error)) from error
 
+    async def _send_in_thread(self, pieces: list[bytes | memoryview]) -> None:
+        def send() -> None:
+            for piece in pieces:
+                self.socket.sendall(piece)
+
+        if self.on_stall is not None:
+            self.on_stall()
+        try:
+            await trio.to_thread.run_sync(
+                send, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+            )
+        except trio.Cancelled:
+            # The connection is of no use any more, and the thread may wait for a peer's credit.
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+            raise
+        except OSError as error:
+            raise PeerGone(str(error)) from error
+
     async def _fill(self) -> bool:
         """Take what arrives next into the decoder; False at the end of the stream."""
         waited = False
         while True:
             try:
-                data = self.socket.recv(READ_BYTES)
+                data = self.socket.recv(READ_BYTES, socket.MSG_DONTWAIT)
                 break
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self.socket)

@@ -80,6 +80,8 @@ def command_line(hardware: Hardware) -> list[str]:
         # Emulated on several threads, a kernel that patches its code now and then runs into its own
         # breakpoint (Oops: int3); on one it never does, and boots in three quarters of the time.
         *("-accel", "kvm" if kvm else "tcg,thread=single"),
+        # A kernel that may copies by `rep movsb`, which is emulated byte by byte: reading a file
+        # takes nine times as long, and sending on vsock twice.
         *("-cpu", "host" if kvm else "max"),
         *("-smp", str(hardware.cpus)),
         *("-m", f"{memory_mib}M"),
