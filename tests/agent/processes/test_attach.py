@@ -225,12 +225,12 @@ def fill(sender: socket.socket) -> int:
     count = 0
     while True:
         try:
-            count += sender.send(bytes(1000))
+            count += sender.send(bytes(1000), socket.MSG_DONTWAIT)
         except BlockingIOError:
             break
     while True:
         try:
-            count += sender.send(b"x")
+            count += sender.send(b"x", socket.MSG_DONTWAIT)
         except BlockingIOError:
             return count
 
