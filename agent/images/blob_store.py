@@ -247,11 +247,12 @@ def _hex(digest: str) -> str:
 
 def _sizes(directory: Path) -> dict[str, int]:
     """The lengths of the files that are named by a digest, and so are no temporary ones."""
-    return {
-        digest: entry.stat().st_size
-        for entry in os.scandir(directory)
-        if DIGEST.fullmatch(digest := f"sha256:{entry.name}")
-    }
+    sizes = {}
+    for entry in os.scandir(directory):
+        if DIGEST.fullmatch(digest := f"sha256:{entry.name}"):
+            with suppress(FileNotFoundError):  # a pull has just completed it
+                sizes[digest] = entry.stat().st_size
+    return sizes
 
 
 def _size_of(path: Path) -> int | None:

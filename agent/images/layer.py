@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import attrs
@@ -72,8 +72,11 @@ class LayerStore:
 
     def sizes(self) -> dict[str, int]:
         """All layers that were built, by diff_id, with the bytes that they take."""
-        images = self._images.glob("*.erofs")
-        return {f"sha256:{image.stem}": image.stat().st_size for image in images}
+        sizes = {}
+        for image in self._images.glob("*.erofs"):
+            with suppress(FileNotFoundError):  # removed just now
+                sizes[f"sha256:{image.stem}"] = image.stat().st_size
+        return sizes
 
     def mounts(self) -> set[str]:
         """The digests of the blobs whose layers are mounted, or were before a reboot."""

@@ -1,5 +1,6 @@
 """``innkeep``, the host's command line; its libraries are the optional extra ``cli``."""
 
+import signal
 import sys
 
 _EXTRA = ("rich", "typer")
@@ -14,4 +15,8 @@ def main() -> None:
         if library not in _EXTRA:
             raise
         sys.exit(f"innkeep: {library} is not installed; run: pip install innkeep[cli]")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    # All is done and said. An interrupt that comes now ends us as it ends any program, and not
+    # with a traceback out of the interpreter's own end.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)

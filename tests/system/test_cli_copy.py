@@ -270,7 +270,8 @@ async def test_the_user_interrupts_and_goes_on(machine: Machine, place: str, her
     async with on_terminal(machine.address, "cp", f"vm:{place}/large", str(here)) as terminal:
         await terminal.see(r"large .*MB")
         terminal.process.send_signal(signal.SIGINT)
-        assert await terminal.exit_code() in (0, 130)
+        # By the signal itself where all was done already: 130 to a shell, too.
+        assert await terminal.exit_code() in (0, 130, -signal.SIGINT)
     await cp(machine, f"vm:{place}/large", here)
     assert (here / "large").read_bytes() == file.read_bytes()
     assert files_of(here) == {"large"}

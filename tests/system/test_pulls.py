@@ -15,10 +15,13 @@ from tests.support.store import wrong_blobs
 async def test_progress_counts_layers_and_bytes_and_never_falls(
     machine: Machine, images: Images
 ) -> None:
+    # Of its own, since the machine has what other tests have pulled.
+    layers = [images.noise_layer(f"progress {number}") for number in range(4)]
+    image = images.variant("progress", {"Cmd": ["true"]}, *layers)
     async with open_client(machine.address) as client:
         messages = []
         percents = []
-        async with client.stream(requests.Pull(image=images.large.reference)) as answers:
+        async with client.stream(requests.Pull(image=image.reference)) as answers:
             async for answer in answers:
                 if isinstance(answer, responses.Progress):
                     messages.append(answer.message)

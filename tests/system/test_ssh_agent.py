@@ -92,7 +92,7 @@ async def test_without_forwarding_nothing_is_there(client: AgentClient, images: 
     done = await run(client, images.busybox.reference, "sh", "-c", "env; ls /tmp")
     assert variable(done.stdout) == []
     assert "ssh-agent.sock" not in done.stdout.decode().splitlines()
-    assert await shell(client, "ls /tmp") == ""
+    assert "ssh-agent.sock" not in (await shell(client, "ls /tmp")).splitlines()
 
 
 # In containers
