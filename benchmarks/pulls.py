@@ -29,10 +29,6 @@ from initramfs.local_registry import local_registry
 MOST_GROWTH_MB = 60
 _GUEST_FOLDER = "/storage/workspace"
 
-# sched(7), "The autogroup feature"; the agent's as it sets it where it has no cpu controller.
-_AUTOGROUP = Path("/proc/self/autogroup")
-_AGENT_AUTOGROUP_NICE = "-20"
-
 _Peer = Callable[[str, Path], float]
 _PEERS: Sequence[tuple[str, _Peer, float]] = (
     ("skopeo copy, umoci unpack", peers.unpack_with_umoci, 0.25),
@@ -199,19 +195,6 @@ ROWS: Mapping[str, Callable[[Setting], Iterator[str]]] = {
 }
 
 
-@contextmanager
-def _as_important_as_the_agent() -> Iterator[None]:
-    """Where processors are short the agent's session comes first: let ours, and so the others' and
-    the stages, come first with it.
-    """
-    before = _AUTOGROUP.read_text().rpartition(" ")[2]  # "/autogroup-24 nice 0"
-    _AUTOGROUP.write_text(_AGENT_AUTOGROUP_NICE)
-    try:
-        yield
-    finally:
-        _AUTOGROUP.write_text(before)
-
-
 def measure(rootfs: Path, rows: Sequence[str] = (), *, quick: bool = False) -> None:
     """Print the table, or the named rows; ``quick`` is for trying, its figures mean little.
 
@@ -223,7 +206,6 @@ def measure(rootfs: Path, rows: Sequence[str] = (), *, quick: bool = False) -> N
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with ExitStack() as stack:
-            stack.enter_context(_as_important_as_the_agent())
             registry = stack.enter_context(local_registry(storage_dir=storage))
             folder = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="pulls-", dir=rootfs.parent.absolute())

@@ -38,10 +38,6 @@ _AGENT_CPU_WEIGHT = 1000
 # No limit, in the kernel's words and in ours.
 _MAX: Final = "max"
 
-# sched(7), "The autogroup feature": the nice value of this process's session among all sessions.
-_AUTOGROUP = Path("/proc/self/autogroup")
-_AGENT_AUTOGROUP_NICE = "-20"
-
 
 @attrs.frozen(kw_only=True)
 class Limits:
@@ -165,16 +161,11 @@ class Limits:
     def protect_agent(self, cgroup: Path) -> None:
         """Let the agent's own cgroup keep its memory, and run before all others.
 
-        Without a cpu controller it is the agent's session that does, if no other program began that
-        and may have others in it. What the kernel refuses is logged.
+        What the kernel refuses is logged.
         """
         try:
             _write_if_there(cgroup / "memory.min", str(self.agent_memory_bytes))
-            if (cgroup / "cpu.weight").exists():
-                _write(cgroup / "cpu.weight", str(_AGENT_CPU_WEIGHT))
-            elif os.getsid(0) == os.getpid():
-                # Without a controller each session counts as much as another.
-                _write_if_there(_AUTOGROUP, _AGENT_AUTOGROUP_NICE)
+            _write_if_there(cgroup / "cpu.weight", str(_AGENT_CPU_WEIGHT))
         except OSError as error:
             log.warning("the agent is not protected from workloads: %s", cause_of(error))
 

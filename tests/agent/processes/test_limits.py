@@ -1,15 +1,12 @@
 """How much workloads may take; what the kernel makes of it: tests/vm/test_vm_abuse.py."""
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from agent.processes.cgroup import CgroupTree
 from agent.processes.limits import Limits
-from tests.support.machine import PROJECT
 
 MIB = 1 << 20
 
@@ -97,26 +94,6 @@ async def test_without_controllers_nothing_is_limited(
     assert [record.levelname for record in caplog.records] == ["DEBUG"]
     assert "workloads have no limits" in caplog.text
     assert (tree.commands / "cgroup.controllers").read_text().split() == []
-
-
-@pytest.mark.parametrize("is_own", [False, True])
-def test_without_a_cpu_controller_the_agents_session_runs_first_if_it_is_its_own(
-    is_own: bool, tmp_path: Path
-) -> None:
-    """A session that others began is left as it is: what else runs in it did not ask for that."""
-    program = (
-        "import pathlib, sys; from agent.processes.limits import Limits;"
-        "Limits.inspect().protect_agent(pathlib.Path(sys.argv[1]));"
-        "print(pathlib.Path('/proc/self/autogroup').read_text(), end='')"
-    )
-    argv = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(
-        argv, start_new_session=is_own, capture_output=True, text=True, check=True, cwd=PROJECT
-    )
-    mine = Path("/proc/self/autogroup").read_text()
-    assert (done.stdout == mine) == (not is_own)
-    assert done.stdout.endswith(" nice -20\n") or not is_own
-    assert done.stderr == ""
 
 
 def test_what_is_no_cgroup_is_told_and_gone_on_without(
