@@ -81,7 +81,8 @@ async def test_stop_with_nothing_to_stop_says_nothing(peer: Peer) -> None:
 
 
 async def test_stop_reaches_what_has_changed_its_session(ports: Served, peer: Peer) -> None:
-    script = "setsid sh -c 'trap \"echo left; exit\" TERM; echo on; sleep 1000 & wait' & wait"
+    # It says so only when all of it is there: what is forked later has to be killed.
+    script = "setsid sh -c 'trap \"echo left; exit\" TERM; sleep 1000 & echo on; wait' & wait"
     await peer.run(1, "/bin/sh", "-c", script)
     await peer.output(1, b"on")
     await peer.stop(10_000)
