@@ -182,7 +182,7 @@ async def _runs_again(peer: Peer) -> None:
 async def test_the_next_agent_knows_how_the_boots_workload_has_ended_and_starts_it_once(
     tmp_path: Path, cgroup_root: Path, ends: str
 ) -> None:
-    script = f"echo start >>{tmp_path}/starts; trap 'exit 9' USR1; echo on; sleep 1000 & wait"
+    script = f"echo start >>{tmp_path}/starts; trap 'exit 9' USR1; sleep 1000 & echo on; wait"
     async with (
         served(tmp_path, cgroup_root, command=(*SH, script)) as service,
         open_log(service.address) as reader,

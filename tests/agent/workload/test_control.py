@@ -137,7 +137,7 @@ async def test_ids_belong_to_a_connection(ports: Served, peer: Peer) -> None:
 
 
 async def test_an_id_that_is_in_use_is_an_error_and_the_command_goes_on(peer: Peer) -> None:
-    await peer.shell(1, "trap 'echo done; exit' USR1; echo on; sleep 1000 & wait")
+    await peer.shell(1, "trap 'echo done; exit' USR1; sleep 1000 & echo on; wait")
     await peer.output(1, b"on")
     await peer.exec(1, "true")
     await peer.until(lambda: peer.told(1).error is not None)

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 # Ends by the status that a signal's number gives it, and by TERM politely.
 SCRIPT = (
-    "trap 'exit 7' USR1; trap 'exit 9' TERM; head -c {size} /dev/zero; echo on; sleep 1000 & wait"
+    "trap 'exit 7' USR1; trap 'exit 9' TERM; head -c {size} /dev/zero; sleep 1000 & echo on; wait"
 )
 BUSY = "the workload runs already: there is one at a time"
 ENDS = {

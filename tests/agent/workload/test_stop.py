@@ -13,7 +13,7 @@ OBSTINATE = "trap '' TERM; echo on; while :; do sleep 1000; done"
 async def test_stop_sends_term_to_all_and_exit_for_each_with_the_reason_stopped(
     ports: Served, peer: Peer
 ) -> None:
-    polite = "trap 'echo bye; exit 3' TERM; echo on; sleep 1000 & wait"
+    polite = "trap 'echo bye; exit 3' TERM; sleep 1000 & echo on; wait"
     await peer.run(1, "/bin/sh", "-c", polite)
     await peer.shell(2, polite)
     await peer.exec(3, "sleep", "1000")
