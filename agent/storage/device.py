@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import subprocess
 from pathlib import Path
 
 from agent.errors import AgentError, failing_as
+from agent.linux.blkroget import blkroget
 from protocol.errors import ErrorCode
 
 MIB = 1024 * 1024
@@ -16,8 +16,6 @@ PROBE_LIMIT_S = 120
 
 # blkid(8), EXIT STATUS.
 _NOTHING_FOUND, _AMBIVALENT = 2, 8
-# linux/fs.h: _IO(0x12, 94).
-_BLKROGET = 0x125E
 
 
 def signature(device: str) -> str | None:
@@ -77,11 +75,10 @@ def is_read_only(device: str) -> bool:
     """Whether the device takes no writes at all, whoever asks. Raises OSError."""
     descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        answer = fcntl.ioctl(descriptor, _BLKROGET, bytes(4))
+        return blkroget(descriptor)
     except OSError as error:
         if error.errno != errno.ENOTTY:
             raise
         return False  # a plain file
     finally:
         os.close(descriptor)
-    return any(answer)
