@@ -70,7 +70,9 @@ async def test_commands_run_in_the_machine_and_end_with_their_connection(vm: Mac
 
 async def test_the_workload_survives_the_agents_death_and_its_log_goes_on(vm: Machine) -> None:
     script = (
-        "mkfifo /tmp/f; trap 'exit 9' USR1; echo one; while read line </tmp/f; do echo $line; done"
+        # Open for both ways: a reader alone would meet the end of the file after any writer's.
+        "mkfifo /tmp/f; exec 3<>/tmp/f; trap 'exit 9' USR1; echo one; "
+        "while read line <&3; do echo $line; done"
     )
     async with open_peer(vm.address) as peer, open_client(vm.address) as client:
         await peer.run(1, "/bin/sh", "-c", script)
