@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -93,6 +94,12 @@ class Connection:
                 if not data:
                     return
                 heard += len(data)
+
+    def is_writable(self) -> bool:
+        """Whether the peer would take something at this moment."""
+        room = select.poll()
+        room.register(self.socket, select.POLLOUT)
+        return bool(room.poll(0))
 
     def receive_pending(self) -> bytes | None:
         """As ``receive``, but only from what has arrived already; None when there is no more."""

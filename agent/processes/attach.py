@@ -17,6 +17,9 @@ from agent.processes.terminal import Size
 Send = Callable[[Stream, bytes], Awaitable[None]]
 """Takes output, one chunk at a time; while it waits, the command waits with it."""
 
+Room = Callable[[Stream], Awaitable[None]]
+"""Returns when a chunk of a stream can be taken; none is read, and held in memory, before."""
+
 Receive = Callable[[], Awaitable[bytes | Size | None]]
 """The next input (no bytes: its end), or the terminal's new size; None when no more comes. Safe to
 cancel."""
@@ -28,6 +31,7 @@ async def attach(
     receive: Receive,
     *,
     begin: Callable[[], Awaitable[None]] | None = None,
+    room: Room | None = None,
     stdin_data: str | None = None,
     timeout_s: float | None = None,
 ) -> Outcome:
@@ -41,6 +45,12 @@ async def attach(
     that is for whoever started the process.
     """
     drain = Drain(process.turns)
+
+    async def receive_output(stream: Stream, pipe: OutputPipe) -> bytes:
+        if room is not None:
+            await room(stream)
+        return await drain.receive(pipe)
+
     if process.has_ended:
         # It is over before anybody had to listen: what it wrote is there, and it reads no more.
         outcome = await see_to_end(process, None)
@@ -48,7 +58,7 @@ async def attach(
         if begin is not None:
             await begin()
         for stream, pipe in process.outputs.items():
-            while data := await drain.receive(pipe):
+            while data := await receive_output(stream, pipe):
                 await send(stream, data)
         return outcome
     # To send; `begin` has it first.
@@ -61,7 +71,7 @@ async def attach(
             turn.release()
 
     async def forward(stream: Stream, pipe: OutputPipe) -> None:
-        while data := await drain.receive(pipe):
+        while data := await receive_output(stream, pipe):
             # Mostly there is one stream only, and then the turn costs nothing.
             try:
                 turn.acquire_nowait()
@@ -71,6 +81,8 @@ async def attach(
                 await send(stream, data)
             finally:
                 turn.release()
+            # With two hundred commands that would be 25 MB, kept until there is more.
+            del data
 
     async def feed() -> None:
         try:

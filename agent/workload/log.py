@@ -51,8 +51,10 @@ class Reader:
     _on_growth: Callable[[], None]
     is_closed: bool = False
 
-    def read(self) -> tuple[Stream, bytes, bool] | None:
+    def read(self, until: Counts | None = None) -> tuple[Stream, bytes, bool] | None:
         """The next output, at most 64 KiB, and whether some before it was lost; None: no more yet.
+
+        ``until`` is how far the log was when that was its ``written``: nothing after it is given.
 
         Raises:
             OSError: the files cannot be read.
@@ -70,8 +72,14 @@ class Reader:
             if lost and not self._inside:
                 self._lost.add(stream)
             if self._inside < length:
+                most = min(length - self._inside, RECORD_BYTES)
+                if until is not None:
+                    # What was written later may have become a part of the same record.
+                    most = min(most, until[stream] - self._read[stream])
+                    if most <= 0:
+                        return None
                 start = self._offset + HEADER_BYTES + self._inside
-                data = os.pread(part.file, min(length - self._inside, RECORD_BYTES), start)
+                data = os.pread(part.file, most, start)
                 self._inside += len(data)
                 self._read[stream] += len(data)
                 is_truncated = stream in self._lost
@@ -84,8 +92,12 @@ class Reader:
 
     def has_read_until(self, counts: Counts) -> bool:
         """Whether it is as far as the log was when that was its ``written``."""
+        return not self.left_bytes(counts)
+
+    def left_bytes(self, counts: Counts) -> int:
+        """How much there is to read until it is as far."""
         self._catch_up()
-        return all(self._read[stream] >= counts[stream] for stream in Stream)
+        return sum(max(0, counts[stream] - self._read[stream]) for stream in Stream)
 
     def _catch_up(self) -> None:
         """Go on with what is kept, when that begins only after this place."""

@@ -148,26 +148,28 @@ class _Session:
         """A further command, from its start to its end."""
         request_id = message.request_id
         outbox = Outbox(request_id, partial(self._forget, request_id))
+        room = partial(self._outgoing.made_room, outbox)
 
         async def put(stream: Stream, data: bytes) -> None:
-            await self._outgoing.made_room(outbox, stream)
             outbox.put(stream, data)
             self._outgoing.ready(outbox)
 
-        with held:
+        with held, ExitStack() as unfinished:
+            unfinished.callback(outbox.close)
             try:
                 await self._shared.place.ready()
                 words = Words(message.command)
                 async with self._shared.place.running(words, terminal=message.tty) as started:
                     running.started(started.group)
                     self._outgoing.say(workload.Started(request_id))
-                    outcome = await attach(started.process, put, _no_input)
+                    outcome = await attach(started.process, put, _no_input, room=room)
                 is_child = not started.group.in_container
                 end = End.of(outcome, stopped=running.stopped, is_child=is_child)
             except AgentError as error:
                 if self._is_refused(request_id, error):
                     return
                 end = End.unstarted(error.message)
+            unfinished.pop_all()
         outbox.end(workload.Exit(request_id, end.code, end.reason))
         self._outgoing.ready(outbox)
 

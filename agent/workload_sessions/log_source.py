@@ -71,6 +71,12 @@ class LogSource:
     def has_ended(self) -> bool:
         return self._run is not None and self._run.over.is_set()
 
+    @property
+    def left_bytes(self) -> int:
+        if self._reader is None or self._run is None:
+            return 0
+        return self._reader.left_bytes(self._run.written)
+
     def take(self) -> GuestMessage | None:
         if self._reader is None or not self._is_open:
             return None
@@ -79,7 +85,7 @@ class LogSource:
                 return None
             if self._is_told(self._reader):
                 return self._end()
-            chunk = self._reader.read()
+            chunk = self._reader.read(self._limit())
         except OSError as error:
             log.error("read the workload's log: %s", cause_of(error))
             return self._end() if self.has_ended else None
@@ -87,6 +93,11 @@ class LogSource:
             return None
         stream, data, truncated = chunk
         return output(self._request_id, stream, data, truncated=truncated)
+
+    def _limit(self) -> Counts | None:
+        if self._run is not None and self._run.over.is_set():
+            return self._run.written
+        return self._until
 
     def _is_told(self, reader: Reader) -> bool:
         return self._run is not None and self.has_ended and reader.has_read_until(self._run.written)

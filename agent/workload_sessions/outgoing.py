@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
+from heapq import heappop, heappush
+from itertools import count
 from typing import Protocol
 
 import attrs
@@ -14,8 +15,6 @@ from agent.processes.process import Stream
 from agent.workload_sessions.outbox import Outbox
 from protocol import GuestMessage, encode
 
-# A peer that takes nothing for so long is slow: from then on its commands do not wait for it.
-PATIENCE_S = 0.05
 # Answers that wait for a peer; with more, its next message waits.
 _MOST_ANSWERS = 64
 
@@ -27,26 +26,40 @@ class Source(Protocol):
     def has_ended(self) -> bool:
         """Whether all of it is there, its end included."""
 
+    @property
+    def left_bytes(self) -> int:
+        """How much there is before its end; for one that has ended."""
+
     def take(self) -> GuestMessage | None:
         """The next message; None: there is none at the moment."""
+
+    def close(self) -> None:
+        """Nothing more is taken."""
 
 
 @attrs.define(eq=False)
 class Outgoing:
-    """Answers go first, then the rest of what has ended with its end, then output in turns."""
+    """Answers go first, then what has ended, least output first, then the others' in turns.
+
+    So no answer and no end waits for others' output, but where theirs is the shorter way to an end.
+    """
 
     _connection: Connection
     _answers: deque[GuestMessage] = attrs.field(factory=deque)
-    _ended: deque[Source] = attrs.field(factory=deque)
+    _ended: list[tuple[int, int, Source]] = attrs.field(factory=list)
+    """A heap: by what is left, then by age."""
+    _ending: set[Source] = attrs.field(factory=set)
+    """Those in it."""
+    _ages: count[int] = attrs.field(factory=count)
     _turns: deque[Source] = attrs.field(factory=deque)
     _queued: set[Source] = attrs.field(factory=set)
     _something: trio.Event = attrs.field(factory=trio.Event)
     _changed: trio.Event = attrs.field(factory=trio.Event)
     """Something was sent."""
-    _slow_at: float = math.inf
-    """When the peer will have been waited for long enough; for ever while it is not."""
-    _patient: set[trio.CancelScope] = attrs.field(factory=set)
-    """Of the commands that wait for room."""
+    _is_stalled: bool = False
+    """Whether the peer has not taken all of a message when it was last offered the rest."""
+    _waiting: set[Outbox] = attrs.field(factory=set)
+    """Those that wait for room."""
     _is_sending: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -59,21 +72,24 @@ class Outgoing:
 
     def ready(self, source: Source) -> None:
         """A source has something, or has ended."""
-        if source.has_ended and source not in self._ended:
+        if source in self._ending:
+            pass
+        elif source.has_ended:
             if source in self._queued:
                 self._turns.remove(source)
             self._queued.add(source)
-            self._ended.append(source)
+            self._ending.add(source)
+            heappush(self._ended, (source.left_bytes, next(self._ages), source))
         elif source not in self._queued:
             self._queued.add(source)
             self._turns.append(source)
         self._something.set()
 
     def drop(self, source: Source) -> None:
-        """Send nothing more of a source."""
+        """Send nothing more of a source that has not ended."""
         if source in self._queued:
             self._queued.discard(source)
-            (self._ended if source in self._ended else self._turns).remove(source)
+            self._turns.remove(source)
 
     async def answered(self) -> None:
         """Return when few answers wait: what a peer asks is read no faster than it reads."""
@@ -83,20 +99,19 @@ class Outgoing:
     async def made_room(self, outbox: Outbox, stream: Stream) -> None:
         """Return when a chunk more will cost none of what a command has written before.
 
-        Or when the peer is slow: the command waits for the agent, but never for that.
+        Or when the peer does not take what it is sent: a command waits for the agent, which has
+        others to read as well, but never for its peer.
         """
-        while outbox.is_full(stream):
-            if trio.current_time() >= self._slow_at:
-                # If it was the agent that was held up, the peer's room is seen only now.
-                await trio.lowlevel.checkpoint()
-                if trio.current_time() >= self._slow_at:
-                    return
-            with trio.CancelScope(deadline=self._slow_at) as patience:
-                self._patient.add(patience)
-                try:
-                    await outbox.taken.wait()
-                finally:
-                    self._patient.discard(patience)
+        while outbox.is_full(stream) and not self._is_peer_slow():
+            self._waiting.add(outbox)
+            try:
+                await outbox.moved()
+            finally:
+                self._waiting.discard(outbox)
+
+    def _is_peer_slow(self) -> bool:
+        # Where it was the agent that was held up, there may be room by now.
+        return self._is_stalled and not self._connection.is_writable()
 
     async def told(self) -> None:
         """Return when all answers have been sent."""
@@ -111,32 +126,39 @@ class Outgoing:
     async def run(self) -> None:
         """Send until cancelled; a cancelled send leaves half a frame, and the connection useless.
 
+        What nobody will be sent is closed then.
+
         Raises:
             PeerGone: there is nobody to send to.
         """
-        while True:
-            message = self._next()
-            if message is None:
+        try:
+            while True:
+                message = self._next()
+                if message is None:
+                    self._change()
+                    await self._something.wait()
+                    self._something = trio.Event()
+                    continue
+                self._is_sending = True
+                await self._connection.send(encode(message))
+                self._is_sending = self._is_stalled = False
                 self._change()
-                await self._something.wait()
-                self._something = trio.Event()
-                continue
-            self._is_sending = True
-            await self._connection.send(encode(message))
-            self._is_sending = False
-            if self._slow_at < math.inf:
-                self._set_patience(math.inf)
-            self._change()
-            await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
+        finally:
+            for source in self._queued:
+                source.close()
 
     def _next(self) -> GuestMessage | None:
         if self._answers:
             return self._answers.popleft()
         while self._ended:
-            message = self._ended[0].take()
+            _, age, source = heappop(self._ended)
+            message = source.take()
             if message is not None:
+                heappush(self._ended, (source.left_bytes, age, source))
                 return message
-            self._queued.discard(self._ended.popleft())
+            self._queued.discard(source)
+            self._ending.discard(source)
         while self._turns:
             source = self._turns.popleft()
             message = source.take()
@@ -148,12 +170,9 @@ class Outgoing:
 
     def _stalled(self) -> None:
         """The peer takes nothing more for now, which the connection waits for."""
-        self._set_patience(trio.current_time() + PATIENCE_S)
-
-    def _set_patience(self, slow_at: float) -> None:
-        self._slow_at = slow_at
-        for patience in self._patient:
-            patience.deadline = slow_at
+        self._is_stalled = True
+        for outbox in self._waiting:
+            outbox.move()
 
     def _change(self) -> None:
         changed, self._changed = self._changed, trio.Event()

@@ -1,10 +1,10 @@
 """Slow readers: they lose bytes and are told so; nobody waits for them, and nothing grows."""
 
+import gc
 import os
 import random
 import signal
 import socket
-import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,12 +19,18 @@ from agent.connection import Connection
 from agent.processes.process import Stream
 from agent.workload_sessions.outbox import STREAM_BYTES, Outbox
 from agent.workload_sessions.outgoing import Outgoing
+from agent.workload_sessions.ring import HEADER_BYTES, Ring
 from protocol import FrameDecoder, GuestMessage, decode, workload
 from tests.support.rounds import examples
 from tests.support.workload import LINE_BYTES, Counted, Peer, Served, counting, open_peer
 
 OUT, ERR = Stream.STDOUT, Stream.STDERR
 LINES = 1_000_000
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def nobody() -> None:
@@ -77,17 +83,65 @@ def test_an_outbox_loses_the_oldest_tells_of_it_and_keeps_the_order(
 
 
 def test_an_outbox_holds_no_more_than_its_megabyte_a_stream_also_of_single_bytes() -> None:
-    tracemalloc.start()
-    try:
-        outbox = Outbox(5, nobody)
-        before = tracemalloc.get_traced_memory()[0]
-        for number in range(100_000):
+    before = resident_bytes()
+    outboxes = [Outbox(number, nobody) for number in range(10)]
+    for outbox in outboxes:
+        for number in range(20_000):
             outbox.put(OUT if number % 2 else ERR, b"x")
         for _ in range(40):
             outbox.put(OUT, bytes(65536))
-        assert tracemalloc.get_traced_memory()[0] - before < 2.5 * STREAM_BYTES
-    finally:
-        tracemalloc.stop()
+            outbox.put(ERR, bytes(65536))
+    assert resident_bytes() - before < 10 * 2 * STREAM_BYTES
+    assert resident_bytes() - before > 10 * 2 * STREAM_BYTES * 9 // 10
+    for outbox in outboxes[:5]:
+        while outbox.take() is not None:
+            pass
+    for outbox in outboxes[5:]:
+        outbox.close()
+    assert resident_bytes() - before < 2 * STREAM_BYTES
+
+
+@given(
+    size=st.integers(40, 200),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("put"), st.binary(min_size=1, max_size=25)),
+            st.tuples(st.just("extend"), st.binary(min_size=1, max_size=3)),
+            st.tuples(st.just("take"), st.just(b"")),
+        )
+    ),
+)
+def test_a_ring_keeps_the_newest_bytes_in_their_pieces(
+    size: int, steps: list[tuple[str, bytes]]
+) -> None:
+    ring = Ring(size)
+    model: list[tuple[int, bytes]] = []
+
+    def make_room(more: int) -> bool:
+        excess = sum(HEADER_BYTES + len(data) for _, data in model) + more - size
+        lost = excess > 0
+        while excess > 0:
+            number, data = model.pop(0)
+            if len(data) > excess:
+                model.insert(0, (number, data[excess:]))
+            excess -= HEADER_BYTES + len(data)
+        return lost
+
+    for number, (step, data) in enumerate(steps):
+        if step == "put":
+            assert ring.put(number, data) == make_room(HEADER_BYTES + len(data))
+            model.append((number, data))
+        elif step == "extend" and model and len(model[-1][1]) + len(data) + HEADER_BYTES <= size:
+            assert ring.extend(data) == make_room(len(data))
+            newest, before = model[-1]
+            model[-1] = (newest, before + data)
+            assert ring.newest() == (newest, len(before + data))
+        elif step == "take" and model:
+            assert ring.first_number == model[0][0]
+            assert ring.take() == model.pop(0)[1]
+        assert ring.held_bytes == sum(HEADER_BYTES + len(data) for _, data in model)
+    assert [ring.take() for _ in model] == [data for _, data in model]
+    ring.close()
 
 
 @asynccontextmanager
@@ -120,20 +174,28 @@ async def told(stream: trio.SocketStream, count: int) -> list[GuestMessage]:
 
 async def test_answers_and_ends_overtake_output_of_others_but_never_their_own() -> None:
     async with outgoing_to_nobody() as (outgoing, stream):
-        busy, ended = Outbox(1, nobody), Outbox(2, nobody)
-        for _ in range(3):
-            busy.put(OUT, b"busy" * 5000)
-            outgoing.ready(busy)
-            ended.put(OUT, b"own" * 6000)
-            outgoing.ready(ended)
-        ended.end(workload.Exit(2, 0, "exited"))
-        outgoing.ready(ended)
+        busy, long, short, silent = (Outbox(number, nobody) for number in range(1, 5))
+        for outbox, data in ((busy, b"b" * 60_000), (long, b"l" * 60_000), (short, b"short")):
+            for _ in range(3):
+                outbox.put(OUT, data)
+                outgoing.ready(outbox)
+        for outbox in (long, short, silent):
+            outbox.end(workload.Exit(outbox.request_id, 0, "exited"))
+            outgoing.ready(outbox)
         outgoing.say(workload.Error(request_id=7, message="no such id"))
-        (_, *messages) = await told(stream, 6)
+        (_, *messages) = await told(stream, 12)
     # The first was under way already.
-    assert messages[0] == workload.Error(request_id=7, message="no such id")
-    assert [type(message).__name__ for message in messages[1:5]] == ["Stdout"] * 3 + ["Exit"]
-    assert all(message.request_id == 2 for message in messages[1:5])  # type: ignore[union-attr]
+    assert [(type(each).__name__, getattr(each, "request_id", None)) for each in messages[:8]] == [
+        ("Error", 7),
+        ("Exit", 4),
+        ("Stdout", 3),
+        ("Exit", 3),
+        ("Stdout", 2),
+        ("Stdout", 2),
+        ("Stdout", 2),
+        ("Exit", 2),
+    ]
+    assert {each.request_id for each in messages[8:]} == {1, 99}  # type: ignore[union-attr]
 
 
 async def read_all(peer: Peer, request_id: int) -> Counted:
@@ -167,13 +229,63 @@ async def test_a_reader_that_stalls_holds_up_no_command_and_is_told_what_it_lost
     assert counted.missing_bytes > 0
 
 
-async def test_a_reader_that_keeps_up_loses_nothing_of_what_a_command_writes_at_once(
-    peer: Peer,
+async def test_a_reader_that_takes_a_little_now_and_then_holds_up_no_command(
+    ports: Served, tmp_path: Path
 ) -> None:
-    await peer.exec(1, *counting(LINES))
-    with trio.fail_after(60):
-        counted = await read_all(peer, 1)
-    assert (counted.offset, counted.missing_bytes) == (LINES * LINE_BYTES, 0)
+    life, size, taken = tmp_path / "life", 64 << 20, 0
+    os.mkfifo(life)
+
+    async def trickle(stream: trio.abc.ReceiveStream) -> None:
+        nonlocal taken
+        while True:
+            taken += len(await stream.receive_some(16 * 1024))
+            await trio.sleep(0.005)
+
+    async with open_peer(ports.address) as peer, trio.open_nursery() as nursery:
+        await peer.shell(1, f"exec 9>{life}; head -c {size} /dev/zero")
+        await peer.until(lambda: peer.told(1).started)
+        nursery.start_soon(trickle, peer.client._stream)
+        with trio.fail_after(60):
+            assert await trio.to_thread.run_sync(life.read_bytes, abandon_on_cancel=True) == b""
+        assert taken < size // 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_reader_that_keeps_up_loses_nothing_of_what_a_command_writes_at_once(
+    peer: Peer, tmp_path: Path
+) -> None:
+    """It is never behind by more than the agent keeps."""
+    fifo, burst, bursts = tmp_path / "fifo", 900 << 10, 15
+    os.mkfifo(fifo)
+    told = peer.told(1)
+    # For reading, too: nobody has to be there yet.
+    with fifo.open("r+b", buffering=0) as asking:
+        await peer.shell(1, f"while read line; do head -c {burst} /dev/zero; done <{fifo}")
+        for number in range(1, bursts + 1):
+            asking.write(b"more\n")
+            await peer.until(lambda number=number: len(told.stdout) == number * burst)
+    assert (len(told.stdout), told.truncated) == (bursts * burst, 0)
+
+
+async def test_what_waits_for_a_peer_is_gone_with_it(ports: Served, tmp_path: Path) -> None:
+    life, commands = tmp_path / "life", 10
+    os.mkfifo(life)
+    # What is dropped for good has no need of being found by a collector first.
+    gc.disable()
+    try:
+        async with open_peer(ports.address) as peer:
+            with life.open("r+b", buffering=0) as over:
+                before = resident_bytes()
+                for number in range(commands):
+                    await peer.shell(number, f"head -c 2M /dev/zero; echo >{life}")
+                for _ in range(commands):
+                    await trio.to_thread.run_sync(over.read, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert resident_bytes() - before > commands * STREAM_BYTES * 3 // 4
+        await trio.testing.wait_all_tasks_blocked()
+        assert resident_bytes() - before < commands * STREAM_BYTES // 4
+    finally:
+        gc.enable()
 
 
 async def test_a_peer_that_does_not_read_its_answers_is_not_read_from_either(

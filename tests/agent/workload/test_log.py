@@ -116,6 +116,24 @@ def test_a_reader_that_is_left_behind_goes_on_with_what_is_kept_and_is_told(
     assert slow.has_read_until(log.written)
 
 
+def test_a_reader_that_reads_until_a_point_gets_nothing_of_what_came_later(
+    log: WorkloadLog,
+) -> None:
+    reader = log.reader(nobody)
+    with Writer(log) as writer:
+        writer.write(ERR, b"error")
+        writer.write(OUT, b"one")
+        until = log.written
+        # Of the next run, and yet in the same record.
+        writer.write(OUT, b"two")
+        writer.write(ERR, b"more")
+    assert reader.read(until) == (ERR, b"error", False)
+    assert reader.read(until) == (OUT, b"one", False)
+    assert reader.has_read_until(until)
+    assert reader.read(until) is None
+    assert rest(reader) == [(OUT, b"two", False), (ERR, b"more", False)]
+
+
 def test_a_live_reader_begins_with_what_is_written_from_then_on(log: WorkloadLog) -> None:
     with Writer(log) as writer:
         writer.write(OUT, b"before ")
