@@ -20,7 +20,7 @@ _MESSAGES: dict[Stream, type[workload.Stdout] | type[workload.Stderr]] = {
     Stream.STDERR: workload.Stderr,
 }
 _CHUNK_BYTES = PIPE_BYTES
-# A command with its process, tasks and pipes takes some 75 KB besides, and the agent itself is there.
+# A command with its process, tasks and pipes takes some 75 KB besides, and the agent 32 MB.
 _RING_BYTES = STREAM_BYTES - 96 * 1024
 
 
