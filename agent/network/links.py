@@ -6,11 +6,13 @@ import ipaddress
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from agent.errors import failing_as
-from protocol.errors import ErrorCode
+# The process of its own imports this module too, and nothing of the project beside it: the
+# messages alone take it a third of its time. So what only the agent needs is imported where it is.
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -32,6 +34,9 @@ def bring_up(interface: Interface, gateway: Address | None) -> None:
     Raises:
         AgentError: INTERNAL_ERROR: there is no interface, or the kernel refused; says which.
     """
+    from agent.errors import failing_as
+    from protocol.errors import ErrorCode
+
     doing = f"configure the network with {interface}"
     program = (
         "import sys; sys.path[:] = sys.argv.pop(1).split(':'); "
@@ -55,6 +60,9 @@ def use_nameservers(nameservers: Sequence[Address], resolv_conf: Path = RESOLV_C
     Raises:
         AgentError: INTERNAL_ERROR: the file cannot be written.
     """
+    from agent.errors import failing_as
+    from protocol.errors import ErrorCode
+
     with failing_as(ErrorCode.INTERNAL_ERROR, "name the name servers"):
         resolv_conf.write_text("".join(f"nameserver {server}\n" for server in nameservers))
 
@@ -67,7 +75,8 @@ def main() -> None:
 
 def _configure(interface: Interface, gateway: str) -> str | None:
     """Set up the first interface that is not the loopback; what was refused, or None."""
-    from pyroute2 import IPRoute
+    _skip_init("pyroute2")
+    from pyroute2.iproute.linux import IPRoute
     from pyroute2.netlink.exceptions import NetlinkError
 
     with IPRoute() as netlink:
@@ -88,3 +97,12 @@ def _configure(interface: Interface, gateway: str) -> str | None:
         except NetlinkError as error:
             return f"{link.get_attr('IFLA_IFNAME')}: {error}"
     return None
+
+
+def _skip_init(name: str) -> None:
+    """Have a package's modules imported without the package itself, which imports all of them."""
+    found = PathFinder.find_spec(name)
+    assert found is not None
+    package = ModuleType(name)
+    package.__path__ = list(found.submodule_search_locations or ())
+    sys.modules[name] = package

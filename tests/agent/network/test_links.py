@@ -43,3 +43,16 @@ def test_a_vm_without_an_interface_is_told_so(tmp_path: Path) -> None:
     done = in_a_network_of_its_own(f"PYTHONPATH=. {sys.executable} {script} {tmp_path}/resolv.conf")
     assert "configure the network with 10.0.2.15/24: " in done.stderr
     assert "the VM has no network interface" in done.stderr
+
+
+def test_the_process_that_sets_it_up_imports_nothing_that_it_has_no_use_for() -> None:
+    """An emulated machine that shares a busy processor takes a minute for all of it."""
+    script = (
+        f"PYTHONPATH=. {sys.executable} -c 'import sys; from agent.network import links; "
+        'links._configure(None, ""); print(*sys.modules)\''
+    )
+    done = in_a_network_of_its_own(script)
+    assert done.returncode == 0, done.stderr
+    imported = done.stdout.split()
+    assert "pyroute2.iproute.linux" in imported
+    assert not {"protocol", "trio", "attr", "pyroute2.ndb", "pyroute2.conntrack"} & set(imported)
