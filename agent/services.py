@@ -152,7 +152,7 @@ class Services:
             claims,
             garbage,
             journal,
-            exporter=LayerExporter(store, claims),
+            exporter=LayerExporter(store, layers, claims),
             answers=ImageAnswers(store),
             flattener=LayerFlattener(store.blobs, layers, claims),
         )

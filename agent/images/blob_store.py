@@ -76,7 +76,6 @@ class BlobStore:
         self._ingest = directory / "ingest"
         self._records = directory / "unpacked"
         self._lock = threading.Lock()
-        self._distrusted: set[str] = set()
         for path in (self._blobs, self._ingest, self._records):
             path.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
@@ -92,14 +91,7 @@ class BlobStore:
 
     def has(self, digest: str, size: int) -> bool:
         """Whether a blob is there with all its bytes."""
-        return digest not in self._distrusted and _size_of(self.path(digest)) == size
-
-    def distrust(self, digest: str) -> None:
-        """Take a blob for missing, until it is fetched anew or the agent starts again.
-
-        For one that the disk has damaged: the layer that was built from it is as good as ever.
-        """
-        self._distrusted.add(digest)
+        return _size_of(self.path(digest)) == size
 
     def is_intact(self, digest: str) -> bool:
         """Whether a blob that is there still has its digest: reads all of it."""
@@ -173,7 +165,6 @@ class BlobStore:
             for layer, failure in zip(layers, failures, strict=True):
                 if failure is None:
                     self._unpacked[layer.digest] = layer.unpacked
-                    self._distrusted.discard(layer.digest)
         return failures
 
     def forget_unpacked(self, digest: str) -> None:
@@ -185,7 +176,6 @@ class BlobStore:
     def discard(self, digest: str) -> None:
         """Remove a blob, its record and its partial; no image and no pull uses them any more."""
         self.forget_unpacked(digest)
-        self._distrusted.discard(digest)
         for path in (self.path(digest), self._partial_path(digest)):
             path.unlink(missing_ok=True)
 

@@ -47,8 +47,10 @@ class Marks:
     opaque_root: bool = False
 
 
-def detached_mount(image: Path) -> int:
+def detached_mount(image: Path, tar: Path) -> int:
     """The image mounted read-only, attached nowhere; the descriptor is the caller's to close.
+
+    ``tar`` is what it was made of, where the contents of its files are.
 
     Setuid programs and devices are of no effect here; in an overlay of it they are.
 
@@ -56,13 +58,13 @@ def detached_mount(image: Path) -> int:
         OSError: the kernel cannot mount it.
     """
     try:
-        return _mounted(image)
+        return _mounted(image, tar)
     except OSError as error:
         # Before Linux 6.12, or without CONFIG_EROFS_FS_BACKED_BY_FILE.
         if error.errno != errno.ENOTBLK:
             raise
-    with loop_device(image) as device:
-        return _mounted(device)
+    with loop_device(image) as device, loop_device(tar) as data_device:
+        return _mounted(device, data_device)
 
 
 def append_marks(image: Path, marks: Marks) -> None:
@@ -100,9 +102,10 @@ def _end(start: bytes) -> int:
     raise OSError(errno.EUCLEAN, "there is no EROFS superblock")
 
 
-def _mounted(source: Path | str) -> int:
+def _mounted(source: Path | str, data: Path | str) -> int:
     with closing(fsopen("erofs")) as context:
         fsconfig_set_string(context, "source", source)
+        fsconfig_set_string(context, "device", data)
         fsconfig_set_flag(context, "ro")
         fsconfig_create(context)
         return fsmount(context, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV)

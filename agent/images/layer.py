@@ -1,6 +1,8 @@
 """Layers as EROFS images: built from their tars, kept by diff_id, mounted by blob digest.
 
-    erofs/<hex of the diff_id>.erofs    whole and verified, the layer's `Marks` behind it
+    erofs/<hex of the diff_id>.tar      the layer's tar, as `layer_tar` keeps it
+    erofs/<hex of the diff_id>.erofs    the tree of its files, the layer's `Marks` behind it: only
+                                        with it the layer is there, whole and verified
     erofs/<…>.partial                   being built, or left by a crash
     layers/<hex of the blob's digest>   where it is mounted, read-only
 
@@ -21,9 +23,10 @@ from pathlib import Path
 import attrs
 
 from agent.errors import cause_of
-from agent.images.atomic_file import WRITEBACK_BYTES, Naming, begin_writeback
+from agent.images.atomic_file import Naming
 from agent.images.decompression import Decompression, DecompressionError
 from agent.images.erofs import Marks, append_marks, detached_mount, read_marks
+from agent.images.layer_tar import DamagedTar, LayerTar, LayerTarWriter, open_tar
 from agent.images.manifest import DIGEST
 from agent.images.mkfs_erofs import MkfsErofs, MkfsError, end_orphan
 from agent.images.relay import Relay
@@ -34,6 +37,7 @@ from agent.linux.mount import closing, is_mount_root, move_mount, umount2
 _LARGEST_MKFS_BYTES = 1 << 30
 _SMALLEST_MKFS_BYTES = 128 << 20
 _SMALL_TAR_BYTES = 4 << 20
+_PARTIAL = ".partial"
 # Of decompression: 2 MiB at most.
 _CHUNKS_AHEAD = 8
 
@@ -60,22 +64,43 @@ class LayerStore:
         self._mounting = threading.Lock()
         self._marks: dict[str, Marks] = {}
         self._builds: set[LayerBuild] = set()
+        self._damaged: dict[str, int] = {}
+        """The tars, by diff_id, that the disk has damaged, with their inodes' numbers."""
         for directory in (self._images, self._mounts):
             directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self._images.glob("*.partial"):
-            end_orphan(leftover)
-            leftover.unlink()
+        self._remove_leftovers()
 
     def has(self, diff_id: str) -> bool:
         """Whether the layer was built; then it is whole."""
-        return self._image(diff_id).exists()
+        try:
+            inode = self._tar(diff_id).stat().st_ino
+        except FileNotFoundError:
+            return False
+        return self._image(diff_id).exists() and self._damaged.get(diff_id) != inode
+
+    @contextmanager
+    def tar(self, diff_id: str) -> Iterator[LayerTar]:
+        """A layer's own tar, for one thread; one that turns out to be damaged is no longer there.
+
+        Raises:
+            DamagedTar: the disk has damaged it; also from its blocks.
+            OSError: it cannot be read.
+        """
+        path = self._tar(diff_id)
+        try:
+            with open_tar(path) as tar:
+                yield tar
+        except DamagedTar:
+            with suppress(FileNotFoundError):
+                self._damaged[diff_id] = path.stat().st_ino
+            raise
 
     def sizes(self) -> dict[str, int]:
         """All layers that were built, by diff_id, with the bytes that they take."""
         sizes = {}
         for image in self._images.glob("*.erofs"):
             with suppress(FileNotFoundError):  # removed just now
-                sizes[f"sha256:{image.stem}"] = image.stat().st_size
+                sizes[f"sha256:{image.stem}"] = _bytes_of(image, image.with_suffix(".tar"))
         return sizes
 
     def mounts(self) -> set[str]:
@@ -95,20 +120,18 @@ class LayerStore:
         Raises:
             LayerError: it cannot be built; also from the build's methods.
         """
-        descriptor, name = tempfile.mkstemp(
-            prefix=_hex(diff_id), suffix=".partial", dir=self._images
-        )
-        os.close(descriptor)
-        partial = Path(name)
+        partials: list[Path] = []
         is_finished = False
         try:
             with _telling(diff_id):
+                partials.extend(self._partial(diff_id) for _ in range(2))
+                tar, image = partials
                 build = LayerBuild(
                     diff_id,
                     Decompression(media_type),
-                    MkfsErofs(self._mkfs_erofs, partial, _memory_bytes()),
-                    partial,
-                    self._image(diff_id),
+                    tar,
+                    image,
+                    self._mkfs_erofs,
                     max_bytes,
                     lambda: len(self._builds) == 1,
                 )
@@ -121,13 +144,15 @@ class LayerStore:
                 build.close()
         finally:
             if not is_finished:
-                partial.unlink(missing_ok=True)
+                for partial in partials:
+                    partial.unlink(missing_ok=True)
 
     def remove(self, diff_id: str) -> int:
         """Forget a layer; the bytes that this frees, now or when it is unmounted."""
-        image = self._image(diff_id)
-        freed = image.stat().st_size
-        image.unlink()
+        files = (self._image(diff_id), self._tar(diff_id))
+        freed = _bytes_of(*files)
+        for path in files:
+            path.unlink()
         self._marks.pop(diff_id, None)
         return freed
 
@@ -144,7 +169,7 @@ class LayerStore:
                     return directory
             except FileNotFoundError:
                 directory.mkdir()
-            with closing(detached_mount(self._image(diff_id))) as mount_fd:
+            with closing(detached_mount(self._image(diff_id), self._tar(diff_id))) as mount_fd:
                 move_mount(mount_fd, directory)
         return directory
 
@@ -192,17 +217,37 @@ class LayerStore:
     def _image(self, diff_id: str) -> Path:
         return self._images / f"{_hex(diff_id)}.erofs"
 
+    def _tar(self, diff_id: str) -> Path:
+        return self._images / f"{_hex(diff_id)}.tar"
+
+    def _partial(self, diff_id: str) -> Path:
+        descriptor, name = tempfile.mkstemp(prefix=_hex(diff_id), suffix=_PARTIAL, dir=self._images)
+        os.close(descriptor)
+        return Path(name)
+
+    def _remove_leftovers(self) -> None:
+        """What is of no layer: of builds, and a file without the other."""
+        for path in list(self._images.iterdir()):
+            if path.suffix == _PARTIAL:
+                end_orphan(path)
+            elif all(path.with_suffix(suffix).exists() for suffix in (".tar", ".erofs")):
+                continue
+            path.unlink()
+
 
 @attrs.frozen
 class BuiltLayer:
-    """The length of a layer's tar, and its files, which lack nothing but their names."""
+    """The length of a layer's tar, and its files, which lack nothing but their names.
+
+    The names are given in the order of ``files``.
+    """
 
     tar_bytes: int
     files: tuple[Naming, ...]
 
 
 class LayerBuild:
-    """A blob's bytes on their way into a layer's image: decompressed, hashed, mended, written.
+    """A blob's bytes on their way into a layer's files: decompressed, hashed, mended, written.
 
     Whoever writes them decompresses. Of a large layer that is the only one under way all else is
     done in a second thread: each half takes about as long, and several would keep the processors
@@ -213,25 +258,27 @@ class LayerBuild:
         self,
         diff_id: str,
         decompression: Decompression,
-        mkfs: MkfsErofs,
-        partial: Path,
+        tar: Path,
         image: Path,
+        mkfs_erofs: str,
         max_bytes: int | None,
         is_alone: Callable[[], bool],
     ) -> None:
         self._diff_id = diff_id
         self._decompression = decompression
-        self._mkfs = mkfs
-        self._partial = partial
+        self._tar = tar
         self._image = image
+        self._mkfs_erofs = mkfs_erofs
         self._max_bytes = max_bytes
         self._is_alone = is_alone
         self._rewriter = TarRewriter()
+        self._writer = LayerTarWriter(tar)
         self._sha256 = hashlib.sha256()
         self.tar_bytes = 0
         """How much of the tar has been written."""
-        self._unwritten_bytes = 0
         self._relay: Relay | None = None
+        self._mkfs: MkfsErofs | None = None
+        self._is_interrupted = False
         self.is_finished = False
         """Whether there is a `BuiltLayer`, whose files are the caller's."""
 
@@ -259,28 +306,33 @@ class LayerBuild:
             digest = f"sha256:{self._sha256.hexdigest()}"
             if digest != self._diff_id:
                 raise LayerError(f"{self._diff_id}: the layer's tar has the digest {digest}")
-            for piece in self._rewriter.finish():
-                self._mkfs.write(piece)
-            self._mkfs.finish()
-            tree = self._rewriter.tree
-            with closing(detached_mount(self._partial)) as root:
-                tree.compare(root)
-            append_marks(self._partial, Marks(tree.implied(), tree.root.opaque))
+            for own, piece in self._rewriter.finish():
+                self._writer.write(piece, own=own)
+            self._writer.finish()
+            self._make_image()
         self.is_finished = True
-        return BuiltLayer(self.tar_bytes, (Naming(self._partial, self._image),))
+        hex_digits = _hex(self._diff_id)
+        names = (self._tar.with_name(f"{hex_digits}{suffix}") for suffix in (".tar", ".erofs"))
+        namings = zip((self._tar, self._image), names, strict=True)
+        return BuiltLayer(self.tar_bytes, tuple(Naming(*naming) for naming in namings))
 
     def interrupt(self) -> None:
         """Make a call that blocks in another thread raise LayerError soon."""
-        self._mkfs.kill()
+        self._is_interrupted = True
+        mkfs = self._mkfs
+        if mkfs is not None:
+            mkfs.kill()
 
     def close(self) -> None:
         """End what runs for the build; it can no longer be finished."""
         if self._relay is not None:
-            self._mkfs.kill()  # which it may be waiting for
             self._relay.close()
-        self._mkfs.close()
+        if self._mkfs is not None:
+            self._mkfs.close()
+        self._writer.close()
 
     def _take(self, chunk: bytes | memoryview) -> None:
+        self._check()
         self.tar_bytes += len(chunk)
         if self._max_bytes is not None and self.tar_bytes > self._max_bytes:
             # Said here before the disk can say it, where what unpacks is ahead of what is written.
@@ -296,12 +348,22 @@ class LayerBuild:
 
     def _use(self, chunk: bytes | memoryview) -> None:
         self._sha256.update(chunk)
-        for piece in self._rewriter.feed(chunk):
-            self._mkfs.write(piece)
-        self._unwritten_bytes += len(chunk)
-        if self._unwritten_bytes >= WRITEBACK_BYTES:
-            self._unwritten_bytes = 0
-            begin_writeback(self._partial)
+        self._writer.count(chunk)
+        for own, piece in self._rewriter.feed(chunk):
+            self._writer.write(piece, own=own)
+
+    def _make_image(self) -> None:
+        self._mkfs = MkfsErofs(self._mkfs_erofs, self._tar, self._image, _memory_bytes())
+        self._check()
+        self._mkfs.finish()
+        tree = self._rewriter.tree
+        with closing(detached_mount(self._image, self._tar)) as root:
+            tree.compare(root)
+        append_marks(self._image, Marks(tree.implied(), tree.root.opaque))
+
+    def _check(self) -> None:
+        if self._is_interrupted:
+            raise LayerError(f"{self._diff_id}: it was interrupted")
 
 
 @contextmanager
@@ -323,3 +385,9 @@ def _hex(digest: str) -> str:
     if not DIGEST.fullmatch(digest):
         raise ValueError(f"{digest!r} is not a sha256 digest")
     return digest.removeprefix("sha256:")
+
+
+def _bytes_of(*files: Path) -> int:
+    """What files take on the disk, where holes take nothing."""
+    statuses = [file.stat() for file in files]
+    return sum(min(status.st_size, status.st_blocks * 512) for status in statuses)

@@ -12,17 +12,17 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
+from agent.images.layer_tar import Hole
 from agent.images.tar_header import BLOCK, TarError
 
-# A hole costs nothing in the archive and its full length on the disk of the unpacked layer, which
-# has no holes. Enough for a database's or a disk image's preallocated file, too little for a
-# layer of a few KiB to fill a disk: lastlog(5) of a system with large uids has terabytes.
+# A hole costs nothing in the archive and in the layer, but its full length wherever the file is
+# copied to, as into an overlay that writes to it. Enough for a database's or a disk image's
+# preallocated file, too little for a layer of a few KiB to fill a disk: lastlog(5) of a system with
+# large uids has terabytes.
 MAX_HOLE_BYTES = 8 << 30
 
 MAX_EXTENTS = 100_000
 _MAX_MAP_BYTES = 4 << 20
-
-_ZEROS = memoryview(bytes(256 << 10))
 
 Record = tuple[bytes, bytes]
 Extent = tuple[int, int]
@@ -66,7 +66,7 @@ class Expansion:
         self.stored_padding = -sparse.stored_bytes % BLOCK
         """How much follows the stored bytes to fill their last block."""
 
-    def feed(self, stored: memoryview) -> Iterator[memoryview]:
+    def feed(self, stored: memoryview) -> Iterator[memoryview | Hole]:
         """Stored bytes in, the file's next bytes out; not more than `stored_bytes` go in."""
         while stored:
             yield from self._fill_to(self._offset)
@@ -79,16 +79,14 @@ class Expansion:
             if self._left == 0:
                 self._offset, self._left = next(self._extents)
 
-    def finish(self) -> Iterator[memoryview]:
+    def finish(self) -> Iterator[Hole]:
         """The hole at the end, and what pads the content to whole blocks."""
-        yield from self._fill_to(self._size)
-        yield _ZEROS[: -self._size % BLOCK]
+        yield from self._fill_to(self._size + -self._size % BLOCK)
 
-    def _fill_to(self, offset: int) -> Iterator[memoryview]:
-        while self._position < offset:
-            piece = _ZEROS[: offset - self._position]
-            self._position += len(piece)
-            yield piece
+    def _fill_to(self, offset: int) -> Iterator[Hole]:
+        if self._position < offset:
+            yield Hole(offset - self._position)
+            self._position = offset
 
 
 def gnu_map(block: bytes) -> tuple[list[Extent], int, bool]:

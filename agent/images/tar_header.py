@@ -29,6 +29,9 @@ GNU_LONG_NAME = b"L"
 GNU_LONG_LINK = b"K"
 GNU_SPARSE = b"S"
 
+# Of POSIX's letters for anything that a program likes, one that mkfs.erofs passes over.
+ASIDE = b"Z"
+
 KINDS = frozenset(
     (REGULAR, HARD_LINK, SYMLINK, CHARACTER_DEVICE, BLOCK_DEVICE, DIRECTORY, FIFO, GNU_SPARSE)
 )
@@ -239,6 +242,11 @@ def encode(header: Header) -> bytes:
     body = b"".join(_record(keyword, value) for keyword, value in records)
     before = _block(PAX_RECORDS, b"-", b"", 0, 0, 0, len(body), 0, 0, 0)
     return before + body + bytes(-len(body) % BLOCK) + block
+
+
+def aside(size: int) -> bytes:
+    """The header of ``size`` bytes that are nothing to mkfs.erofs."""
+    return encode(Header(ASIDE, b"-", size=size))
 
 
 def _block(

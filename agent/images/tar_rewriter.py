@@ -2,7 +2,9 @@
 
 docs/decisions/0001-layers-are-erofs-images.md has the list: entries that vanish, times and modes
 that change, whiteouts that hit their own layer, an endless loop at a missing end. Headers of the
-shape that everybody reads alike pass as they are; every other entry is written anew in that shape.
+shape that everybody reads alike pass as they are; every other entry is written anew in that shape,
+and what it was stays in the archive beside it, as the content of an entry that mkfs.erofs passes
+over. So the layer's own tar can be put together again, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 from agent.images.layer_entries import enter, root
+from agent.images.layer_tar import Hole, Piece
 from agent.images.layer_tree import MAX_ENTRIES, WHITEOUT_PREFIX, Directory, LayerTree
 from agent.images.sparse import (
     MAX_EXTENTS,
@@ -39,6 +42,7 @@ from agent.images.tar_header import (
     Header,
     TarError,
     apply_records,
+    aside,
     decode,
     kind_of,
     parse_records,
@@ -49,6 +53,8 @@ from agent.images.tar_header import (
 # A long name, or all records of an entry. Real ones have some hundred bytes, and no attribute can
 # be longer than 64 KiB.
 MAX_EXTENSION_BYTES = 1 << 20
+# All that may come before an entry's content: headers, names, records, maps.
+_MAX_KEPT_BYTES = 8 << 20
 
 _NO_HEADER = bytes(BLOCK)
 
@@ -66,16 +72,17 @@ _NO_CONTENT = b"0" * 11
 
 _LONGEST_SHOWN = 200
 
-Piece = bytes | memoryview
-Handler = Callable[[bytes], Iterator[Piece]]
+Written = tuple[bool, Piece]
+"""A piece of the archive, and whether it is one of the layer's own tar."""
+Handler = Callable[[bytes], Iterator[Written]]
 
 
 class TarRewriter:
-    """Bytes of a layer's tar in, bytes for mkfs.erofs out; ``tree`` is what they amount to.
+    """Bytes of a layer's tar in, an archive for mkfs.erofs out; ``tree`` is what it amounts to.
 
-    Feed it the archive in pieces of any size, then finish it. What it holds back is at most one
-    header with its extensions; what comes out may be far more than went in, where files have
-    holes. It is of no more use after an error.
+    Feed it the layer's tar in pieces of any size, then finish it. What it holds back is at most one
+    header with its extensions. All of the layer's own tar comes out again, in its order, between
+    what is made for mkfs.erofs. It is of no more use after an error.
     """
 
     def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
@@ -83,8 +90,8 @@ class TarRewriter:
         self._entry = b""
         self._begun = False
         self._zeros = 0
-        # What the next bytes are: content passes, rubbish does not, stored bytes are expanded,
-        # and anything else is collected until there is enough of it for its handler.
+        # What the next bytes are: content and rubbish pass, stored bytes are expanded, and anything
+        # else is collected until there is enough of it for its handler.
         self._content = 0
         self._rubbish = 0
         self._stored = 0
@@ -92,14 +99,16 @@ class TarRewriter:
         self._collected = bytearray()
         self._wanted = BLOCK
         self._handler: Handler | None = None  # none: it is a header
+        self._kept = bytearray()
+        """What was collected, and is still to be put aside."""
         # What came before an entry's own header.
         self._records: list[Record] = []
         self._long_name = b""
         self._long_link = b""
         self._hole_bytes = 0
 
-    def feed(self, data: bytes | memoryview) -> Iterator[Piece]:
-        """The archive's next bytes in; what mkfs.erofs gets for them out, to be used up.
+    def feed(self, data: bytes | memoryview) -> Iterator[Written]:
+        """The tar's next bytes in; the archive's next pieces out, to be used up.
 
         Raises:
             TarError: the layer cannot be built, naming the entry and the cause.
@@ -109,8 +118,8 @@ class TarRewriter:
         except TarError as error:
             raise self._named(error) from None
 
-    def finish(self) -> Iterator[Piece]:
-        """The end of the archive, which may come without its two blocks of zeros.
+    def finish(self) -> Iterator[Written]:
+        """The end of the tar, which may come without its two blocks of zeros.
 
         Raises:
             TarError: it came in the middle of an entry.
@@ -119,9 +128,10 @@ class TarRewriter:
             # mkfs.erofs would wait for the rest for ever, and use all of a CPU.
             raise self._named(TarError("the archive ends in the middle"))
         yield from self._begin()
-        yield bytes(2 * BLOCK)
+        if self._zeros < 2:
+            yield False, bytes((2 - self._zeros) * BLOCK)
 
-    def _feed(self, view: memoryview) -> Iterator[Piece]:
+    def _feed(self, view: memoryview) -> Iterator[Written]:
         yield from self._begin()
         start = position = 0  # between them is what passes as it is
         end = len(view)
@@ -135,10 +145,11 @@ class TarRewriter:
                 position += BLOCK
                 continue
             if start < position:
-                yield view[start:position]
+                yield True, view[start:position]
             if self._rubbish:
                 taken = min(self._rubbish, end - position)
                 self._rubbish -= taken
+                yield True, view[position : position + taken]
             elif self._expansion is not None:
                 taken = min(self._stored, end - position)
                 yield from self._expand(self._expansion, view[position : position + taken])
@@ -148,19 +159,31 @@ class TarRewriter:
                 if len(self._collected) == self._wanted:
                     yield from self._handle(bytes(self._collected))
             start = position = position + taken
-        if start < position:
-            yield view[start:position]
+        # Nobody reads on behind the end, but it is part of the tar.
+        if start < end:
+            yield True, view[start:]
 
-    def _begin(self) -> Iterator[Piece]:
+    def _begin(self) -> Iterator[Written]:
         if not self._begun:
             self._begun = True
-            yield root()
+            yield False, root()
+
+    def _put_aside(self, following: int = 0) -> Iterator[Written]:
+        """Write what was collected where mkfs.erofs passes over it, with so much rubbish behind."""
+        kept, self._kept = bytes(self._kept), bytearray()
+        self._rubbish = following
+        if kept or following:
+            yield False, aside(len(kept) + following)
+            yield True, kept
+            if not following:
+                yield False, bytes(-len(kept) % BLOCK)
 
     @property
     def _is_between_entries(self) -> bool:
         """Whether nothing but an entry's own first header, or the end, can follow."""
         return not (
             self._rubbish
+            or self._kept
             or self._expansion is not None
             or self._handler is not None
             or self._records
@@ -207,39 +230,45 @@ class TarRewriter:
         self.tree.count_entry()
         return True
 
-    def _handle(self, collected: bytes) -> Iterator[Piece]:
+    def _handle(self, collected: bytes) -> Iterator[Written]:
         handler = self._handler or self._header
         self._collected.clear()
         self._wanted, self._handler = BLOCK, None
         return handler(collected)
 
-    def _expect(self, size: int, handler: Handler) -> Iterator[Piece]:
+    def _expect(self, size: int, handler: Handler) -> Iterator[Written]:
         self._wanted, self._handler = size, handler
         return iter(())
 
-    def _header(self, block: bytes) -> Iterator[Piece]:
+    def _keep(self, collected: bytes) -> None:
+        self._kept += collected
+        if len(self._kept) > _MAX_KEPT_BYTES:
+            raise TarError("too many names and attributes follow it")
+
+    def _header(self, block: bytes) -> Iterator[Written]:
         if self._passes(block):  # it came in two pieces
-            return iter((block,))
+            return iter(((True, block),))
         if block == _NO_HEADER:
             if not self._is_between_entries:
                 raise TarError("names and attributes follow it, but no entry that they are of")
             self._zeros += 1
-            return iter(())
+            return iter(((True, block),))
         if self._zeros:
             raise TarError("a block of zeros follows it, but not the end of the archive")
+        self._keep(block)
         kind = kind_of(block)
         if kind == PAX_GLOBAL:
             # As docker and containerd do: git writes its commit there, and nobody anything else.
-            self._rubbish = _padded(size_of(block))
-            return iter(())
+            return self._put_aside(_padded(size_of(block)))
         if kind in (PAX_RECORDS, GNU_LONG_NAME, GNU_LONG_LINK):
             return self._extension(kind, size_of(block))
         return self._own_header(decode(block), block)
 
-    def _extension(self, kind: bytes, size: int) -> Iterator[Piece]:
+    def _extension(self, kind: bytes, size: int) -> Iterator[Written]:
         """The records or long name that precede an entry's own header."""
 
-        def keep(body: bytes) -> Iterator[Piece]:
+        def keep(body: bytes) -> Iterator[Written]:
+            self._keep(body)
             body = body[:size]
             if kind == PAX_RECORDS:
                 self._records += parse_records(body)
@@ -253,7 +282,7 @@ class TarRewriter:
             raise TarError(f"{size} bytes of names and attributes follow it")
         return self._expect(_padded(size), keep)
 
-    def _own_header(self, header: Header, block: bytes) -> Iterator[Piece]:
+    def _own_header(self, header: Header, block: bytes) -> Iterator[Written]:
         records, self._records = self._records, []
         apply_records(header, records)
         header.path = self._long_name or header.path
@@ -273,8 +302,9 @@ class TarRewriter:
 
     def _gnu_sparse(
         self, header: Header, extents: list[Extent], size: int, *, extended: bool
-    ) -> Iterator[Piece]:
-        def extension(block: bytes) -> Iterator[Piece]:
+    ) -> Iterator[Written]:
+        def extension(block: bytes) -> Iterator[Written]:
+            self._keep(block)
             more, extended = gnu_extension(block)
             extents.extend(more)
             return self._gnu_sparse(header, extents, size, extended=extended)
@@ -285,8 +315,9 @@ class TarRewriter:
             return self._expect(BLOCK, extension)
         return self._admit(header, SparseMap(size, tuple(extents)))
 
-    def _leading_map(self, header: Header, leading: LeadingMap) -> Iterator[Piece]:
-        def next_block(block: bytes) -> Iterator[Piece]:
+    def _leading_map(self, header: Header, leading: LeadingMap) -> Iterator[Written]:
+        def next_block(block: bytes) -> Iterator[Written]:
+            self._keep(block)
             header.size -= BLOCK
             sparse = leading.feed(block)
             if sparse is None:
@@ -297,7 +328,7 @@ class TarRewriter:
             raise TarError("its sparse map is cut short")
         return self._expect(BLOCK, next_block)
 
-    def _admit(self, header: Header, sparse: SparseMap | None) -> Iterator[Piece]:
+    def _admit(self, header: Header, sparse: SparseMap | None) -> Iterator[Written]:
         """Write an entry, and see to the content that follows its header."""
         # Some programs state the size of what a hard link links to, though nothing follows.
         stored = header.size if header.kind in (REGULAR, GNU_SPARSE) else 0
@@ -308,10 +339,13 @@ class TarRewriter:
                 raise TarError(f"it has {stored} bytes, its sparse map {sparse.stored_bytes}")
             header.kind = REGULAR
             header.size = sparse.size
-        written = enter(self.tree, header)
-        yield from written
+        headers = enter(self.tree, header)
+        if header.size:
+            yield from self._put_aside()
+        for made in headers:
+            yield False, made
         if not header.size:
-            self._rubbish = _padded(stored)
+            yield from self._put_aside(_padded(stored))
         elif sparse is None:
             self._content = _padded(stored)
         else:
@@ -323,13 +357,20 @@ class TarRewriter:
             self._stored = stored
             yield from self._expand(self._expansion, memoryview(b""))
 
-    def _expand(self, expansion: Expansion, stored: memoryview) -> Iterator[Piece]:
-        yield from expansion.feed(stored)
+    def _expand(self, expansion: Expansion, stored: memoryview) -> Iterator[Written]:
+        for piece in expansion.feed(stored):
+            yield not isinstance(piece, Hole), piece
         self._stored -= len(stored)
         if self._stored == 0:
-            yield from expansion.finish()
+            for hole in expansion.finish():
+                yield False, hole
             self._expansion = None
-            self._rubbish = expansion.stored_padding
+            if expansion.stored_padding:
+                yield from self._expect(expansion.stored_padding, self._padding)
+
+    def _padding(self, collected: bytes) -> Iterator[Written]:
+        self._keep(collected)
+        return self._put_aside()
 
     def _named(self, error: TarError) -> TarError:
         if not self._entry:

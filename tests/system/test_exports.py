@@ -75,15 +75,15 @@ async def test_a_manifests_digest_is_not_an_images(client: AgentClient, images: 
     assert error.code == "NOT_FOUND"
 
 
-async def test_a_damaged_blob_ends_in_an_error_and_a_pull_mends_it(
+async def test_a_damaged_layer_ends_in_an_error_and_a_pull_mends_it(
     machine: Machine, client: AgentClient, images: Images
 ) -> None:
     image = images.variant("export-damaged", {}, images.noise_layer("damaged", 3 << 20, gzip_layer))
     info = await pull(client, image.reference)
-    blob = machine.storage / "oci/blobs/sha256" / image.layers[1].removeprefix("sha256:")
-    data = bytearray(blob.read_bytes())
+    tar = machine.storage / "erofs" / f"{image.diff_ids[1].removeprefix('sha256:')}.tar"
+    data = bytearray(tar.read_bytes())
     data[len(data) // 2] ^= 1
-    blob.write_bytes(data)
+    tar.write_bytes(data)
     request = requests.ExportLayer(info["digest"], 1)
     error = await refusal(client, request)
     assert error.code == "EXPORT_FAILED"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agent.images.sparse import MAX_HOLE_BYTES, Expansion, SparseMap
 from agent.images.tar_header import TarError
-from tests.agent.images.rewriting import rewritten
+from tests.agent.images.rewriting import content_of, rewritten
 from tests.support import trees
 from tests.support.tarballs import entry, tarball, with_field
 
@@ -69,8 +69,8 @@ def test_an_expansion_puts_each_extent_in_its_place(
     expansion = Expansion(sparse)
     out = b""
     for start in range(0, len(stored), step):
-        out += b"".join(expansion.feed(memoryview(stored[start : start + step])))
-    out += b"".join(expansion.finish())
+        out += b"".join(map(content_of, expansion.feed(memoryview(stored[start : start + step]))))
+    out += b"".join(map(content_of, expansion.finish()))
     assert out == whole + bytes(-len(whole) % 512)
 
 

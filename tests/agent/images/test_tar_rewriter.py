@@ -55,12 +55,28 @@ ODD = tarball(
 
 def test_an_archive_may_end_without_its_blocks_of_zeros() -> None:
     for end in (b"", bytes(512), bytes(1024), bytes(10240)):
-        assert rewritten(entry("a", b"x") + end) == root() + entry("a", b"x") + END
-        assert rewritten(end) == root() + END
+        for archive in (entry("a", b"x"), b""):
+            assert rewritten(archive + end) == root() + archive + max(end, END)
 
 
-def test_what_follows_the_end_is_not_part_of_it() -> None:
-    assert rewritten(tarball() + entry("a") + b"rubbish") == root() + END
+def test_what_follows_the_end_means_nothing() -> None:
+    assert list(members(rewritten(tarball() + entry("a") + b"rubbish"))) == ["."]
+
+
+@pytest.mark.parametrize("step", [1, 100, 512, 4096])
+def test_whatever_is_written_anew_the_tar_itself_is_there(step: int) -> None:
+    # Global records, a size that means nothing, what AUFS kept, a sparse file's last block.
+    sized = with_field(hard_link("h", "a"), 124, b"00000000001\0")
+    odd = (
+        tarfile.TarInfo.create_pax_global_header({"comment": "f00"}),
+        entry("a", b"x"),
+        sized,
+        entry(".wh..wh.plnk/1.2", b"kept by AUFS"),
+        entry("d/" * 90 + "n" * 200, b"long"),
+    )
+    rewritten(tarball(*odd) + b"and what is behind it", step)
+    rewritten(trees.archive(trees.sparse_files, "--sparse", gnu=True), 100 * step)
+    rewritten(trees.archive(trees.sparse_files, "--sparse", "--sparse-version=1.0"), 100 * step)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +164,13 @@ def test_entries_that_state_a_size_but_have_no_content_do_not_swallow_what_follo
 def test_global_headers_mean_nothing() -> None:
     header = tarfile.TarInfo.create_pax_global_header({"comment": "f00", "mtime": "5"})
     assert rewritten(header + tarball(entry("a", b"x"))) == rewritten(tarball(entry("a", b"x")))
+
+
+def test_names_and_attributes_without_end_are_refused() -> None:
+    # Without the entry's own header.
+    record = entry("a", pax_headers={"comment": "x" * 500_000})[:-512]
+    with pytest.raises(TarError, match="too many names and attributes follow it"):
+        rewritten(record * 20)
 
 
 def test_long_names_and_targets_of_gnu_are_kept() -> None:
