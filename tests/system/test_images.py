@@ -1,12 +1,14 @@
 """Real images from a real registry: pulled, described, mounted, run, the same as umoci's."""
 
 import json
+import socket
 
 import pytest
 import trio
 
 from protocol import requests, responses
 from protocol.client import AgentClient
+from protocol.requests import AgentRequest
 from tests.support import commands
 from tests.support.execution import pull, refusal, run
 from tests.support.images import ARCHITECTURE, OTHER_ARCHITECTURE, Images, PushedImage
@@ -181,14 +183,28 @@ async def test_an_image_is_found_by_any_spelling_of_its_reference(
         assert isinstance(answer, responses.Ok), answer
 
 
-@pytest.mark.parametrize("reference", ["", "lower/UPPER", "a b", "x:y:z", "name@sha256:12", "-x"])
+@pytest.mark.parametrize(
+    "reference", ["", "lower/UPPER", "a b", "x:y:z", "name@sha256:12", "-x", "a/../b", "a//b"]
+)
 async def test_what_is_no_reference_is_refused_before_any_network_use(
     client: AgentClient, reference: str
 ) -> None:
-    error = await refusal(client, requests.Pull(image=reference))
-    assert error.code == "PULL_FAILED"
-    assert repr(reference) in error.message or reference in error.message
-    assert (await refusal(client, requests.Query(image=reference))).code == "QUERY_FAILED"
+    """Not even the host that it begins with is connected to."""
+    with socket.create_server(("127.0.0.1", 0)) as registry:
+        registry.setblocking(False)
+        for image in (reference, f"127.0.0.1:{registry.getsockname()[1]}/{reference}"):
+            asked: dict[str, AgentRequest] = {
+                "PULL_FAILED": requests.Pull(image=image),
+                "QUERY_FAILED": requests.Query(image=image),
+                "OVERLAY_FAILED": requests.PrepareOverlay(image=image, workload_id="w"),
+                "INVALID_REQUEST": requests.Run(image=image, command=("true",)),
+            }
+            for code, request in asked.items():
+                error = await refusal(client, request)
+                assert error.code == code
+                assert repr(image) in error.message or image in error.message
+        with pytest.raises(BlockingIOError):
+            registry.accept()
 
 
 async def test_an_image_that_is_not_there_is_not_found(client: AgentClient) -> None:

@@ -12,12 +12,13 @@ from initramfs.local_registry import LocalRegistry
 from protocol import requests, responses
 from protocol.client import AgentClient, open_client
 from tests.support import trees
-from tests.support.execution import pull, refusal, run
+from tests.support.crowded_layer import crowded_layer
+from tests.support.execution import execute, pull, refusal, run
 from tests.support.images import Images
 from tests.support.layout import LayerBlob, digest_of, gzip_layer, zstd_layer
 from tests.support.machine import Machine, booted
 from tests.support.misbehaving_registry import MisbehavingRegistry, cut, flipped
-from tests.support.store import wrong_blobs
+from tests.support.store import inventory, wrong_blobs
 from tests.support.tarballs import entry, hard_link, symlink, tarball
 
 
@@ -176,6 +177,22 @@ async def test_a_layer_that_wants_out_of_its_tree_stays_in_it(
     assert done.stdout == b"12341no\n"
     for root in (machine.path("/"), machine.path("/storage"), Path("/")):
         assert [path for path in root.iterdir() if path.name.startswith("escaped")] == []
+
+
+async def test_a_layer_of_more_than_a_million_entries_is_refused_by_the_one_that_is_too_many(
+    machine: Machine,
+    client: AgentClient,
+    misbehaving: MisbehavingRegistry,
+) -> None:
+    """A few megabytes to fetch; mkfs.erofs, which keeps all names, is gone with the pull."""
+    layer = crowded_layer(directories=1001, files=1000)
+    misbehaving.add_image("crowded", [layer])
+    before = inventory(machine.storage)
+    message = await pull_failure(client, misbehaving.reference("crowded"))
+    assert layer.digest in message
+    assert "entry '000999/000000': the layer has more than 1,000,000 entries" in message
+    assert inventory(machine.storage) == before
+    assert "mkfs" not in (await execute(client, "ps")).stdout.decode()
 
 
 async def test_a_layer_that_links_to_what_it_does_not_have_is_refused_by_name(

@@ -114,6 +114,29 @@ async def test_an_index_gives_this_machines_image_or_the_platforms_that_is_asked
     assert await pulling.pull(pushed.reference) == own
 
 
+async def test_a_tag_is_asked_for_once_and_everything_behind_it_by_its_digest(
+    pulling: Pulling, server: MisbehavingRegistry
+) -> None:
+    """So that all of an image is of one moment, also where its tag moves in the meantime."""
+    layers = [noise("one"), noise("two")]
+    digest = server.add_image("latest", layers)
+    manifest = server.content("manifests/latest")
+    entry = {"mediaType": MANIFEST, "digest": digest, "size": len(manifest)}
+    server.add_index("latest", [entry | {"platform": {"os": "linux", "architecture": "amd64"}}])
+    server.add_image("moved", [noise("three")])
+
+    def move(exchange: Exchange) -> None:
+        exchange.answer()
+        server.add_manifest("latest", server.content("manifests/moved"), MANIFEST)
+
+    server.misbehave("manifests/latest", move)
+    image = await pulling.pull(server.reference(), "linux/amd64")
+    assert [layer.digest for layer in image.layers] == [layer.digest for layer in layers]
+    config = json.loads(manifest)["config"]["digest"]
+    asked = ["manifests/latest", f"manifests/{digest}", f"blobs/{config}", *map(blob, layers)]
+    assert sorted(request.path for request in server.requests) == sorted(asked)
+
+
 async def test_a_platform_that_an_index_does_not_have_is_refused_with_those_it_has(
     pulling: Pulling, images: Images
 ) -> None:
@@ -585,9 +608,16 @@ async def test_a_password_is_in_no_message_and_no_log(
 # Offline
 
 
-@pytest.mark.parametrize("trouble", ["gone", "silent", "busy"])
-async def test_an_image_of_the_store_is_taken_where_the_registry_does_not_answer(
-    trouble: str, pulling: Pulling, server: MisbehavingRegistry
+@pytest.mark.parametrize(
+    ("trouble", "cause"),
+    [
+        ("gone", "Connection refused"),
+        ("silent", "no answer within 2 s"),
+        ("busy", "answered 503 Service Unavailable"),
+    ],
+)
+async def test_an_image_of_the_store_is_taken_after_one_attempt_that_is_not_answered(
+    trouble: str, cause: str, pulling: Pulling, server: MisbehavingRegistry
 ) -> None:
     if trouble == "gone":
         with misbehaving_registry() as gone:
@@ -606,7 +636,10 @@ async def test_an_image_of_the_store_is_taken_where_the_registry_does_not_answer
     *before, frame = (frame for _, frame in pulling.frames)
     assert {frame.message for frame in before} <= {f"Resolving {image.reference}"}
     assert frame.message.startswith(f"{image.reference}: ")
+    assert cause in frame.message
     assert frame.message.endswith("; taking the image in the store")
+    asked = [request.method for request in server.requests_for("manifests/latest", "HEAD")]
+    assert asked == ([] if trouble == "gone" else ["HEAD"])
 
 
 @pytest.mark.parametrize("host", ["registry.invalid", "255.255.255.255:5000"])
