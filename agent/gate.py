@@ -65,8 +65,12 @@ class Gate(Generic[T]):
         return self._values[0]
 
     async def decided(self) -> None:
-        """Return once the value is known, or it is known that there will be none."""
-        await self._decided.wait()
+        """Return once the value is known, or it is known that there will be none.
+
+        At once where that is so already, and without a turn of the loop.
+        """
+        if not self._decided.is_set():
+            await self._decided.wait()
 
     async def passed(self, code: ErrorCode) -> T:
         """The value, once it is known.

@@ -13,9 +13,9 @@ import attrs
 import trio
 
 from agent.errors import AgentError, cause_of, failing_as
+from agent.files.behind import in_thread
 from agent.files.guest_path import GuestPath, GuestRoot, closing
 from agent.files.journal import Journal, Note
-from agent.files.reception import in_thread
 from agent.files.temporary import Site
 from agent.files.view import mounted_view
 from agent.gate import Gate

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TypeVar, TypeVarTuple
 
 import trio
 
-from agent.files.behind import Behind
+from agent.files.behind import Behind, in_thread
 from agent.files.temporary import Site
 from agent.files.upload import Plan, Upload, Written
 
-Result = TypeVar("Result")
-Arguments = TypeVarTuple("Arguments")
-
 # So that the last sync of a long upload has little to do: a host waits 30 s for an answer.
 _FLUSHED_BYTES = 32 * 1024 * 1024
-
-
-async def in_thread(work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-    """Call what blocks on files. Nobody waits for another's thread: a file system may be a
-    workload's own, and take its time."""
-    return await trio.to_thread.run_sync(work, *arguments, limiter=trio.CapacityLimiter(1))
 
 
 class Reception:

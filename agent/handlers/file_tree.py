@@ -7,8 +7,8 @@ from functools import partial
 from agent.channel import Channel
 from agent.errors import AgentError
 from agent.files import tree
+from agent.files.behind import in_thread
 from agent.files.guest_path import GuestPath, Owner
-from agent.files.reception import in_thread
 from agent.images.tree_removal import remove_tree_in
 from agent.services import Services
 from protocol import AgentResponse, requests, responses

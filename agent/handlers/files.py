@@ -7,10 +7,11 @@ from functools import partial
 
 from agent.channel import Channel
 from agent.errors import AgentError
-from agent.files.behind import Behind
+from agent.files.behind import Behind, in_thread
 from agent.files.download import Download
 from agent.files.guest_path import GuestPath
-from agent.files.reception import in_thread, receiving
+from agent.files.quota import within_quotas
+from agent.files.reception import receiving
 from agent.files.temporary import Site
 from agent.files.upload import Plan, Upload, Written
 from agent.services import Services
@@ -107,12 +108,14 @@ async def file_read(
 
 
 def _write(plan: Plan, site: Site, data: bytes) -> Written:
-    upload = Upload.begin(plan, site)
-    try:
-        upload.write(data)
-        return upload.finish()
-    finally:
-        upload.close()
+    # Privileges are given up once for all of it.
+    with within_quotas():
+        upload = Upload.begin(plan, site)
+        try:
+            upload.write(data)
+            return upload.finish()
+        finally:
+            upload.close()
 
 
 def _done(plan: Plan, written: Written) -> responses.Ok:

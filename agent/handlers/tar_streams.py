@@ -10,9 +10,9 @@ from functools import partial
 
 from agent.channel import Channel
 from agent.errors import AgentError
+from agent.files.behind import in_thread
 from agent.files.failure import failing_on
 from agent.files.guest_path import GuestPath, GuestRoot, Owner, closing
-from agent.files.reception import in_thread
 from agent.handlers.execution import a_cancellation_is_all
 from agent.handlers.files import next_chunk
 from agent.processes import tar
