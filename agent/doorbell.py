@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 
 import trio
@@ -22,25 +22,23 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 _ROOTS = ("/", "/oldroot")
 
 
-async def ring_doorbell(services: Services, steps: Mapping[str, float]) -> None:
+async def ring_doorbell(services: Services, steps: MutableMapping[str, float]) -> None:
     """Tell the host once when storage and network are up, or known not to come up: of that it
     learns from the request that needs them. Nobody need listen.
 
-    ``steps`` are what came before, and when, in seconds after boot.
+    ``steps`` are what came before, and when, in seconds after boot; these are added.
     """
     for gate in (services.images, services.network):
         await gate.decided()
     ready_s = uptime_s()
-    steps = {
-        **steps,
-        "storage": services.images.decided_s,
-        "network": services.network.decided_s,
-    }
+    steps["storage"] = services.images.decided_s
+    steps["network"] = services.network.decided_s
     log.info(
         "ready %.3f s after boot (%s)",
         ready_s,
         ", ".join(f"{step} {at_s:.3f}" for step, at_s in steps.items()),
     )
+    steps["ready"] = ready_s
     async with trio.open_nursery() as nursery:
         if services.config.in_image:
             nursery.start_soon(_mark, services.config.ready_marker, ready_s)

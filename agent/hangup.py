@@ -23,6 +23,11 @@ class HangupWatch:
         self._epoll = select.epoll()
         self._on_hangup: dict[int, Callable[[], None]] = {}
 
+    @property
+    def watched(self) -> int:
+        """How many sockets are watched now."""
+        return len(self._on_hangup)
+
     async def run(self) -> None:
         """Deliver hang-ups until cancelled, then close the descriptor."""
         try:

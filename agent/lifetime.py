@@ -17,7 +17,7 @@ from agent import logs
 from agent.config import AgentConfig
 from agent.errors import AgentError
 from agent.gate import Gate
-from agent.hangup import HangupWatch
+from agent.introspection import Introspection
 from agent.server import serve
 from agent.session import converse
 from agent.uptime import started_s, uptime_s
@@ -35,7 +35,9 @@ START_AGAIN = 1
 # asked during the first imports gets its pong before the others take the interpreter.
 STEPS_TO_A_PONG = 8
 
-OpenServices = Callable[[AgentConfig, Path | None], "AbstractAsyncContextManager[Services]"]
+OpenServices = Callable[
+    [AgentConfig, Path | None, Introspection], "AbstractAsyncContextManager[Services]"
+]
 
 
 def run(
@@ -45,11 +47,12 @@ def run(
 
     ``workload_listeners`` are those of the workload's control and of its log, or none.
     """
-    logs.configure(config.log_level)
+    introspection = Introspection()
+    logs.configure(config.log_level, introspection.failures)
     for word in config.unknown_words:
         log.warning("innkeep.%s means nothing: misspelt?", word)
     with _cgroup_root(config) as cgroup_root:
-        return trio.run(_live, listener, workload_listeners, config, cgroup_root)
+        return trio.run(_live, listener, workload_listeners, config, cgroup_root, introspection)
 
 
 @contextmanager
@@ -69,22 +72,23 @@ async def _live(
     workload_listeners: Sequence[socket.socket],
     config: AgentConfig,
     cgroup_root: Path | None,
+    introspection: Introspection,
 ) -> int:
     """Serve first, and import what most requests need while pings are answered already."""
     gate: Gate[Services] = Gate()
-    hangups = HangupWatch()
+    hangups, steps = introspection.hangups, introspection.steps
     async with trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signal, gate)
         nursery.start_soon(hangups.run)
         talk = partial(converse, hangups=hangups, services=gate)
         nursery.start_soon(serve, listener, config.vsock_peers, talk)
         log.info("serving on %s", config.listen)
-        steps = {"agent": started_s(), "serving": uptime_s()}
+        steps.update({"agent": started_s(), "serving": uptime_s()})
         for _ in range(STEPS_TO_A_PONG):
             await trio.lowlevel.checkpoint()
         open_services = await trio.to_thread.run_sync(_import_services)
         try:
-            async with open_services(config, cgroup_root) as services:
+            async with open_services(config, cgroup_root, introspection) as services:
                 gate.open(services)
                 steps["services"] = uptime_s()
                 if workload_listeners:

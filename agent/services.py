@@ -12,6 +12,7 @@ import trio
 
 from agent.bridges import Bridges, open_bridges
 from agent.config import AgentConfig
+from agent.diagnostics import Diagnostics
 from agent.errors import AgentError, cause_of, failing_as
 from agent.files.journal import Journal
 from agent.gate import Gate
@@ -27,6 +28,8 @@ from agent.images.overlay import Overlays
 from agent.images.puller import Puller
 from agent.images.registries import RegistrySettings
 from agent.images.registry_hosts import problems
+from agent.introspection import Introspection
+from agent.machine.versions import IMAGE_VERSIONS, KnownVersions
 from agent.network import links
 from agent.network.host import Host
 from agent.network.probe import Probe
@@ -36,6 +39,7 @@ from agent.processes.oom_protection import OomProtection
 from agent.processes.service import Processes, open_processes
 from agent.processes.shares import Shares
 from agent.processes.standing import StandingContainers
+from agent.statistics import Statistics
 from agent.storage.disk import Disk
 from protocol import requests
 from protocol.errors import ErrorCode
@@ -80,8 +84,10 @@ class Services:
     bridges: Bridges
     roots: GuestRoots
     images: Gate[Images]
+    network: Gate[None]
+    statistics: Statistics
+    diagnostics: Diagnostics
     shares: Shares = attrs.field(factory=Shares)
-    network: Gate[None] = attrs.field(factory=Gate)
     probe: Probe = attrs.field(factory=Probe)
     stopped: trio.Event = attrs.field(factory=trio.Event)
     """Set when the machine may be powered off."""
@@ -205,7 +211,9 @@ class Services:
 
 
 @asynccontextmanager
-async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncIterator[Services]:
+async def open_services(
+    config: AgentConfig, cgroup_root: Path | None, introspection: Introspection | None = None
+) -> AsyncIterator[Services]:
     """Services whose storage and network come up in the background.
 
     ``cgroup_root`` is the directory of cgroup2 below which commands run, if there is one. Leaving
@@ -242,6 +250,8 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
                 WORKSPACE_MOUNT if config.in_image else None,
             )
             images: Gate[Images] = Gate()
+            network: Gate[None] = Gate()
+            agent_cgroup = CGROUP_OF_AGENT if config.in_image else None
             services = Services(
                 config=config,
                 disk=disk,
@@ -252,6 +262,20 @@ async def open_services(config: AgentConfig, cgroup_root: Path | None) -> AsyncI
                 bridges=bridges,
                 roots=GuestRoots(images, standing, disk.workspace, journal),
                 images=images,
+                network=network,
+                statistics=Statistics(processes, standing, agent_cgroup),
+                diagnostics=Diagnostics(
+                    introspection=introspection or Introspection(),
+                    disk=disk,
+                    images=images,
+                    network=network,
+                    processes=processes,
+                    standing=standing,
+                    versions=KnownVersions(
+                        config.crun, config.mkfs_erofs, IMAGE_VERSIONS if config.in_image else None
+                    ),
+                    agent_cgroup=agent_cgroup,
+                ),
             )
             nursery.start_soon(services.roots.keep_clean)
             nursery.start_soon(_bring_up_at_boot, services)

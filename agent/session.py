@@ -48,6 +48,8 @@ CAPABILITIES = (
     "file-mtime-v1",
     "file-tree-v1",
     "tar-stream-v1",
+    "vm-stats-v1",
+    "diagnose-v1",
 )
 """What this agent can do beyond protocol.rs; docs/protocol.md says what each one means."""
 
@@ -151,7 +153,8 @@ async def _handle(
         answer = responses.Error(message=refusal.message, code=refusal.code.value)
     took_s = time.monotonic() - begun
     if isinstance(answer, responses.Error):
-        log.info("%s: %s: %s after %.1f ms", method, answer.code, answer.message, took_s * 1000)
+        values = (method, answer.code, answer.message, took_s * 1000)
+        log.info("%s: %s: %s after %.1f ms", *values, extra=logs.FAILED_REQUEST)
     else:
         level = logging.INFO if took_s >= SLOW_S else logging.DEBUG
         log.log(level, "%s: done after %.1f ms", method, took_s * 1000)

@@ -101,6 +101,8 @@ def build(architecture: Architecture, output: Path) -> None:
         agent, rootfs = Path(scratch) / "agent", Path(scratch) / "rootfs"
         agent_image = Path(scratch) / "agent.erofs"
         tree.write_agent(programs, agent)
+        versions = {"image": key, **{it.name: it.version for it in locked["image"]}}
+        tree.write_versions(agent, versions)
         tree.settle(agent, locked.epoch)
         write_erofs(programs, agent, agent_image, locked.epoch)
         for part in (base / "rootfs", agent):

@@ -4,7 +4,7 @@ import glob
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from initramfs.errors import BuildError
@@ -129,6 +129,12 @@ def write_agent(programs: Programs, root: Path) -> None:
     shutil.copyfile(PROJECT / "initramfs/init", root / "init")
     (root / "init").chmod(0o755)
     precompile(programs, root, [home / name for name in OUR_PACKAGES])
+
+
+def write_versions(root: Path, versions: Mapping[str, str]) -> None:
+    """Tell the agent what the image is made of, for it to tell whoever asks."""
+    lines = (f"{name} {version}\n" for name, version in versions.items())
+    (root / HOME / "versions").write_text("".join(lines), encoding="ascii")
 
 
 def precompile(programs: Programs, root: Path, folders: Iterable[Path]) -> None:

@@ -5,6 +5,9 @@ from typing import Final
 
 PROTOCOL_VERSION: Final = 1
 
+AGENT_VERSION: Final = "0.1.0"
+"""innkeep's own version, as in pyproject.toml."""
+
 MAX_FRAME_SIZE: Final = 32 * 1024 * 1024
 """Bytes of the largest payload, its four length bytes not counted."""
 

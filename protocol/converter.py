@@ -81,6 +81,7 @@ def make_converter() -> Converter:
     converter = Converter(detailed_validation=True)
     for scalar, words in ((str, "a string"), (bool, "a boolean")):
         converter.register_structure_hook(scalar, _exactly(scalar, words))
+    converter.register_structure_hook(float, _structure_number)
     converter.register_structure_hook(bytes, _structure_bytes)
     converter.register_unstructure_hook(bytes, pybase64.b64encode_as_string)
     converter.register_structure_hook_factory(lambda kind: kind is object, lambda _: _as_it_is)
@@ -108,6 +109,12 @@ def _exactly(kind: type, words: str) -> Structure:
         return value
 
     return structure
+
+
+def _structure_number(value: Any, _: Any) -> float:
+    if type(value) not in (int, float):
+        raise Mismatch("a number", kind_of(value))
+    return float(value)
 
 
 def _structure_bytes(value: Any, _: Any) -> bytes:

@@ -83,6 +83,16 @@ class NetworkTest:
 
 
 @attrs.frozen
+class VmStats:
+    """What the VM, its containers and its commands in the background use."""
+
+
+@attrs.frozen
+class Diagnose:
+    """How the VM is, and what went wrong in it."""
+
+
+@attrs.frozen
 class Shutdown:
     """Stop everything, sync, answer, power off."""
 
@@ -309,4 +319,6 @@ AgentRequest = (
     | TarWrite
     | TarRead
     | FlattenLayers
+    | VmStats
+    | Diagnose
 )

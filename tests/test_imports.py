@@ -9,9 +9,15 @@ import pytest
 from attrs import frozen
 
 PROJECT = Path(__file__).parents[1]
-DOMAINS = ("images", "processes", "files", "storage", "network", "workload")
-LEAVES = ("agent.linux", "agent.errors")
-PROTOCOL_WORDS = ("protocol.values", "protocol.constants", "protocol.errors", "protocol.retry")
+DOMAINS = ("images", "machine", "processes", "files", "storage", "network", "workload")
+LEAVES = ("agent.linux", "agent.errors", "agent.kernel_files")
+PROTOCOL_WORDS = (
+    "protocol.values",
+    "protocol.machine",
+    "protocol.constants",
+    "protocol.errors",
+    "protocol.retry",
+)
 STANDARD = frozenset(sys.stdlib_module_names)
 
 # A package or module -> what of ours it may import beside itself. The longest name that matches

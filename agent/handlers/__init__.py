@@ -17,7 +17,14 @@ from agent.handlers.images import (
     pull,
     query,
 )
-from agent.handlers.machine import format_storage, network_test, shutdown, storage_status
+from agent.handlers.machine import (
+    diagnose,
+    format_storage,
+    network_test,
+    shutdown,
+    storage_status,
+    vm_stats,
+)
 from agent.handlers.overlays import cleanup_overlay, prepare_overlay
 from agent.handlers.processes import vm_exec
 from agent.handlers.tar_streams import tar_read, tar_write
@@ -54,4 +61,6 @@ HANDLERS: Mapping[type, Handler] = {
     requests.TarWrite: tar_write,
     requests.TarRead: tar_read,
     requests.FlattenLayers: flatten_layers,
+    requests.VmStats: vm_stats,
+    requests.Diagnose: diagnose,
 }

@@ -58,6 +58,19 @@ async def network_test(
     return responses.Ok(await services.probe.report(request.url))
 
 
+async def vm_stats(
+    request: requests.VmStats, channel: Channel, services: Services
+) -> AgentResponse:
+    with failing_as(ErrorCode.STATUS_FAILED, "read what the VM uses"):
+        return responses.Ok(await services.statistics.read())
+
+
+async def diagnose(
+    request: requests.Diagnose, channel: Channel, services: Services
+) -> AgentResponse:
+    return responses.Ok(await services.diagnostics.diagnose())
+
+
 async def shutdown(
     request: requests.Shutdown, channel: Channel, services: Services
 ) -> AgentResponse:

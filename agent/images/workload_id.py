@@ -33,6 +33,11 @@ def persistent_workload_id(persistent_overlay_id: str) -> str:
     return _PERSISTENT + persistent_overlay_id
 
 
+def persistent_overlay_id(workload: str) -> str:
+    """The ``persistent_overlay_id`` that means this workload."""
+    return workload.removeprefix(_PERSISTENT)
+
+
 def _check(text: str) -> None:
     if not _is_id(text):
         raise InvalidWorkloadId(

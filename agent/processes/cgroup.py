@@ -15,6 +15,7 @@ import attrs
 import trio
 
 from agent.errors import cause_of
+from agent.kernel_files import content, counted
 from agent.linux.bpf import attach_device_filter, load_device_filter
 from agent.processes.device_filter import (
     DEFAULT_DEVICES,
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 # An extended attribute of a cgroup's directory: it goes when the cgroup does.
 _KEPT = "trusted.innkeep.kept"
+_PID = "trusted.innkeep.pid"
 
 
 @attrs.frozen
@@ -47,7 +49,9 @@ class Cgroup:
     @classmethod
     def all_in(cls, parent: Path) -> list[Cgroup]:
         """Those that are in ``parent`` now, whoever made them."""
-        return [cls(path) for path in parent.iterdir() if path.is_dir()]
+        # What tells a directory without asking for each of the kernel's files beside it.
+        with os.scandir(parent) as entries:
+            return [cls(parent / entry.name) for entry in entries if entry.is_dir()]
 
     @classmethod
     def make(cls, parent: Path, name: str | None = None) -> Cgroup:
@@ -79,9 +83,21 @@ class Cgroup:
         mark = self._mark()
         return float(mark) if mark else None
 
+    def tell_pid(self, pid: int) -> None:
+        """Have it known by ``pid``, which a host was told. Raises OSError: it is gone."""
+        os.setxattr(self.path, _PID, b"%d" % pid)
+
+    def told_pid(self) -> int | None:
+        """The pid that it is known by, if any; an earlier agent may have told it."""
+        pid = self._attribute(_PID)
+        return int(pid) if pid else None
+
     def _mark(self) -> bytes | None:
+        return self._attribute(_KEPT)
+
+    def _attribute(self, name: str) -> bytes | None:
         try:
-            return os.getxattr(self.path, _KEPT)
+            return os.getxattr(self.path, name)
         except OSError:
             return None
 
@@ -112,13 +128,13 @@ class Cgroup:
     def counters(self) -> Counters:
         """What has been counted so far (Documentation/admin-guide/cgroup-v2.rst)."""
         directory = str(self.path)
-        cpu_us = _counted(_content(f"{directory}/cpu.stat"), b"usage_usec")
-        peak = _content(f"{directory}/memory.peak")
+        cpu_us = counted(content(f"{directory}/cpu.stat"), b"usage_usec")
+        peak = content(f"{directory}/memory.peak")
         if not peak:
             # No memory controller: nobody counts its events either.
             return Counters(cpu_us, None, None)
-        events = _content(f"{directory}/memory.events")
-        return Counters(cpu_us, int(peak), _counted(events, b"oom_kill"))
+        events = content(f"{directory}/memory.events")
+        return Counters(cpu_us, int(peak), counted(events, b"oom_kill"))
 
     def kill(self) -> None:
         """SIGKILL to every process in it, those being born included. Nothing if it is gone."""
@@ -213,6 +229,10 @@ class CgroupTree:
         parents = (self.commands, self.containers, self.privileged)
         return [cgroup for parent in parents for cgroup in Cgroup.all_in(parent)]
 
+    def is_container(self, cgroup: Cgroup) -> bool:
+        """Whether one of ``all`` is a container's."""
+        return cgroup.path.parent != self.commands
+
     def close(self) -> None:
         """Remove the directories that nothing runs in; ``root`` belongs to who gave it."""
         self.workloads.remove()
@@ -240,27 +260,6 @@ def _filter_devices(path: Path, devices: Sequence[DeviceRule]) -> None:
             os.close(directory)
     finally:
         os.close(program)
-
-
-def _content(path: str) -> bytes:
-    """Of one of the kernel's small files, in three system calls; none if it is not there."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return b""
-    try:
-        return os.read(file, 4096)
-    finally:
-        os.close(file)
-
-
-def _counted(content: bytes, key: bytes) -> int | None:
-    """The number beside ``key`` in a flat keyed file."""
-    for line in content.splitlines():
-        name, _, value = line.partition(b" ")
-        if name == key:
-            return int(value)
-    return None
 
 
 def _read(path: Path) -> str:

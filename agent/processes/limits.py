@@ -31,7 +31,8 @@ _AGENT_BYTES = 64 * _MIB
 _SPARED_BYTES = 8 * _MIB
 _SPARED_SHARE = 16
 
-_CONTROLLERS = ("cpu", "memory", "pids")
+# io without a limit: to be counted.
+_CONTROLLERS = ("cpu", "io", "memory", "pids")
 # Ten times that of all workloads. With 10,000 the agent answers no sooner, and a pull of it leaves
 # the others a hundredth of the processor: docs/decisions/0008-one-limit-for-all-workloads.md.
 _AGENT_CPU_WEIGHT = 1000

@@ -147,6 +147,7 @@ class Processes:
                 if process.cgroup is not None:
                     with suppress(OSError):  # it has ended, and all is over
                         process.cgroup.keep(_boottime_after(timeout_s))
+                        process.cgroup.tell_pid(pid)
                     self.lifetime.start_soon(self._see_off, process.cgroup, timeout_s)
                 self.lifetime.start_soon(self._keep_log, output, reader)
                 self.lifetime.start_soon(_see_to_background, process, pid, stdin_data)
@@ -179,6 +180,7 @@ class Processes:
         if process.cgroup is not None:
             with suppress(OSError):  # it has ended, and all is over
                 process.cgroup.keep()
+                process.cgroup.tell_pid(pid)
             self.lifetime.start_soon(self._see_off, process.cgroup)
         return process, pid
 
@@ -294,9 +296,8 @@ class Processes:
         if self.tree is None:
             return
         for cgroup in self.tree.all():
-            is_container = cgroup.path.parent != self.tree.commands
             # Containers that stay are looked after by those who know them.
-            if not (is_container and cgroup.is_kept()):
+            if not (self.tree.is_container(cgroup) and cgroup.is_kept()):
                 self.adopt_command(cgroup)
 
     def adopt_command(self, cgroup: Cgroup) -> None:

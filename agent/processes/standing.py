@@ -263,6 +263,10 @@ class StandingContainers:
                     container.suspend()
                     self._runtime.processes.lifetime.start_soon(self._end_when_idle, container)
 
+    def all(self) -> list[StandingContainer]:
+        """Those of all workloads that run; the end of one may not be seen to yet."""
+        return list(chain.from_iterable(self._by_workload.values()))
+
     def of(self, workload: str) -> list[StandingContainer]:
         """Those of a workload that run, the newest last; the end of one may not be seen to yet."""
         return list(self._by_workload.get(workload, ()))

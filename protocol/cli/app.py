@@ -9,7 +9,7 @@ import typer
 from rich.filesize import decimal
 
 from protocol import decode_value, requests, responses
-from protocol.cli import copy, execution, images, output, workload
+from protocol.cli import condition, copy, execution, images, output, workload
 from protocol.cli.arguments import CommandAfterImage, CommandAfterOptions, Image, PlatformOption
 from protocol.cli.connection import (
     AGENT_ERRORS,
@@ -35,6 +35,7 @@ app = typer.Typer(
 
 # Without a name: its commands are ours.
 app.add_typer(images.app)
+app.add_typer(condition.app)
 app.add_typer(workload.app)
 
 Command = Annotated[

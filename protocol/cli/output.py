@@ -15,12 +15,12 @@ _SHOWN_DIGEST = 12
 _WIDE = 10_000
 
 
-def print_json(answer: responses.AgentResponse) -> None:
+def print_json(answer: responses.AgentResponse, *, flush: bool = False) -> None:
     """What the agent answered: the data of an ``ok``, any other answer as on the wire."""
     if isinstance(answer, responses.Ok):
-        print(json.dumps(answer.data, ensure_ascii=False))
+        print(json.dumps(answer.data, ensure_ascii=False), flush=flush)
     else:
-        print(encode(answer).decode())
+        print(encode(answer).decode(), flush=flush)
 
 
 def print_error(message: str) -> None:
@@ -31,12 +31,22 @@ def print_error(message: str) -> None:
 
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """Aligned columns; in a pipe nothing is wrapped or cut."""
-    table = Table(*headings, box=None, pad_edge=False, header_style="bold")
+    table = new_table(headings)
     for row in rows:
         table.add_row(*row)
+    console().print(table)
+
+
+def new_table(headings: Iterable[str]) -> Table:
+    """One without rows yet."""
+    return Table(*headings, box=None, pad_edge=False, header_style="bold")
+
+
+def console() -> Console:
+    """Standard output, for text that means what it says."""
     # Not the width of a terminal that is not there: columns would be cut at 80 characters.
     width = None if sys.stdout.isatty() else _WIDE
-    Console(width=width, markup=False, highlight=False).print(table)
+    return Console(width=width, markup=False, highlight=False)
 
 
 def print_values(values: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import attrs
 
-from protocol import codec, constants, retry, values
+from protocol import codec, constants, machine, retry, values
 from protocol.errors import ErrorCode
 from protocol.fields import OMITTED
 from tests.protocol.kinds import KINDS
@@ -22,7 +22,7 @@ FROZEN = Path(__file__).with_name("wire_surface.json")
 REFERENCE = Path(__file__).parents[2] / "docs" / "messages.md"
 # A range is no value, and a mount is written as an array.
 NO_OBJECTS = (values.IntRange, values.Mount)
-PRIMITIVES = {str: "string", bytes: "base64", bool: "bool", object: "json"}
+PRIMITIVES = {str: "string", bytes: "base64", bool: "bool", float: "number", object: "json"}
 
 
 def surface() -> dict[str, Any]:
@@ -37,7 +37,7 @@ def surface() -> dict[str, Any]:
         },
         "values": {
             name: _fields(value)
-            for name, value in vars(values).items()
+            for name, value in {**vars(values), **vars(machine)}.items()
             if isinstance(value, type) and attrs.has(value) and value not in NO_OBJECTS
         },
         "messages": {name: _variants(kind) for name, kind in KINDS.items()},
