@@ -110,7 +110,7 @@ def _directory(tree: LayerTree, header: Header, place: Place) -> list[bytes]:
         node.explicit = True
         return [encode(header)]
     # Without this what the layers below have in a directory of that name would show through.
-    made = Directory(explicit=True, opaque=node == WHITEOUT)
+    made = Directory(place.directory, explicit=True, opaque=node == WHITEOUT)
     tree.put(place, made)
     return [encode(header), *_opacity(header.path, made)]
 

@@ -18,6 +18,10 @@ from agent.images.tar_header import TarError
 # 0.7 KiB each while a layer is built, here and in mkfs.erofs.
 MAX_ENTRIES = 1_000_000
 
+# mkfs.erofs finds a name by going through the list of its directory, and a new one by going through
+# all of it: 200,000 in one directory take it 2e10 steps and 100 s, a million would take it hours.
+MAX_STEPS = 25_000_000_000
+
 # limits.h: what the kernel looks up; mkfs.erofs has room for no more either.
 _NAME_MAX = 255
 _PATH_MAX = 4095
@@ -31,13 +35,19 @@ WHITEOUT = 0
 
 
 class Directory(dict[bytes, "Node"]):
-    """A directory's names. ``explicit``: it has an entry; ``opaque``: hides what is below it."""
+    """A directory's names. ``explicit``: it has an entry; ``opaque``: hides what is below it.
 
-    __slots__ = ("explicit", "opaque")
+    ``distance`` is about how many names mkfs.erofs goes through from the root to find it.
+    """
 
-    def __init__(self, *, explicit: bool = False, opaque: bool = False) -> None:
+    __slots__ = ("distance", "explicit", "opaque")
+
+    def __init__(
+        self, parent: Directory | None = None, *, explicit: bool = False, opaque: bool = False
+    ) -> None:
         self.explicit = explicit
         self.opaque = opaque
+        self.distance: int = 0 if parent is None else parent.distance + len(parent)
 
 
 # A directory, a symbolic link's target, or the S_IFMT of anything else (WHITEOUT among them).
@@ -69,12 +79,15 @@ class Place:
 class LayerTree:
     """The names of one layer, as the entries so far make them."""
 
-    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
+    def __init__(self, max_entries: int = MAX_ENTRIES, max_steps: int = MAX_STEPS) -> None:
         self.root = Directory()
         self.spelled = {b"": self.root}
         """Directories by the spellings that mkfs.erofs resolves as we do: without links."""
         self._count = 0
         self._max_entries = max_entries
+        self._steps = 0
+        self._max_steps = max_steps
+        self._searched = self.root
 
     def place(self, path: bytes) -> Place:
         """Where an entry of that path goes, making the directories above it.
@@ -90,6 +103,7 @@ class LayerTree:
             place = self._walk(path, create=True)
             if _unspelled(spelling) == place.parent:
                 self.spelled[spelling] = place.directory
+        self.search(place.directory)
         length = len(place.name.removeprefix(WHITEOUT_PREFIX))
         if length > _NAME_MAX or len(place.parent) + len(place.name) >= _PATH_MAX:
             raise TarError("its name is too long")
@@ -114,8 +128,24 @@ class LayerTree:
             place = self._walk(path, create=False)
         except TarError:
             return Place(self.root, b"", b""), None
+        self.search(place.directory)
         node = place.directory.get(place.name) if place.name else self.root
         return place, None if node == WHITEOUT else node
+
+    def search(self, directory: Directory) -> None:
+        """mkfs.erofs looks a name up there; raises TarError when it would never come to an end."""
+        self._steps += len(directory)
+        if directory is not self._searched:
+            # One that was used just now is the first of its list.
+            self._steps += directory.distance
+            self._searched = directory
+        if self._steps > self._max_steps:
+            path, largest = max(self.directories(), key=lambda found: len(found[1]))
+            raise TarError(
+                f"too many names are in one directory, {len(largest):,} in "
+                f"{os.fsdecode(path or b'/')!r} so far: mkfs.erofs would search them for hours. "
+                "Spread them over several directories, or over several layers"
+            )
 
     def count_entry(self) -> None:
         """One more name; raises TarError when they are too many."""
@@ -199,7 +229,7 @@ class LayerTree:
                 if len(name) > _NAME_MAX:
                     raise TarError("its name is too long")
                 # What stood there in a layer below is gone, also if it was a directory.
-                made = directory[name] = Directory(opaque=node == WHITEOUT)
+                made = directory[name] = Directory(directory, opaque=node == WHITEOUT)
                 self.count_entry()
                 implied.append((_joined(parent, name), made))
                 node = made

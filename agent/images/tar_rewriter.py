@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterator
 
 from agent.images.layer_entries import enter, root
 from agent.images.layer_tar import Hole, Piece
-from agent.images.layer_tree import MAX_ENTRIES, WHITEOUT_PREFIX, Directory, LayerTree
+from agent.images.layer_tree import (
+    MAX_ENTRIES,
+    MAX_STEPS,
+    WHITEOUT_PREFIX,
+    Directory,
+    LayerTree,
+)
 from agent.images.sparse import (
     MAX_EXTENTS,
     MAX_HOLE_BYTES,
@@ -85,8 +91,8 @@ class TarRewriter:
     what is made for mkfs.erofs. It is of no more use after an error.
     """
 
-    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
-        self.tree = LayerTree(max_entries)
+    def __init__(self, max_entries: int = MAX_ENTRIES, max_steps: int = MAX_STEPS) -> None:
+        self.tree = LayerTree(max_entries, max_steps)
         self._entry = b""
         self._begun = False
         self._zeros = 0
@@ -211,7 +217,7 @@ class TarRewriter:
             directory[name] = stat.S_IFREG
             self._content = _padded(int(size, 8))
         elif kind == DIRECTORY:
-            directory[name] = spelled[path] = Directory(explicit=True)
+            directory[name] = spelled[path] = Directory(directory, explicit=True)
         else:
             link = link.rstrip(b"\0")
             if not link or b"\0" in link:
@@ -225,8 +231,10 @@ class TarRewriter:
                 node = spelled[parent].get(target) if parent in spelled else None
                 if not node or isinstance(node, Directory):
                     return False
+                self.tree.search(spelled[parent])
                 directory[name] = node
         self._entry = path
+        self.tree.search(directory)
         self.tree.count_entry()
         return True
 

@@ -1,6 +1,7 @@
 """A tar, through the rewriter."""
 
 from agent.images.layer_tar import Hole, Piece
+from agent.images.layer_tree import MAX_STEPS
 from agent.images.tar_header import ASIDE, size_of
 from agent.images.tar_rewriter import TarRewriter
 
@@ -10,13 +11,15 @@ def content_of(piece: Piece) -> bytes:
     return bytes(piece.length) if isinstance(piece, Hole) else bytes(piece)
 
 
-def rewritten(archive: bytes, step: int = 1 << 20, *, max_entries: int = 1000) -> bytes:
+def rewritten(
+    archive: bytes, step: int = 1 << 20, *, max_entries: int = 1000, max_steps: int = MAX_STEPS
+) -> bytes:
     """What mkfs.erofs makes its image of, for an archive that comes in pieces of `step` bytes: what
     is put aside is left out.
 
     Holds what the rewriter says of its pieces against the archive.
     """
-    rewriter = TarRewriter(max_entries)
+    rewriter = TarRewriter(max_entries, max_steps)
     pieces = []
     for start in range(0, len(archive), step):
         chunk = archive[start : start + step]

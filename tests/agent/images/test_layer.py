@@ -19,6 +19,7 @@ from agent.images.mkfs_erofs import MkfsErofs, MkfsError
 from agent.linux.mount import mount, umount2
 from tests.agent.images.building import PLAIN, build, digest_of
 from tests.support import trees
+from tests.support.rounds import rounds
 from tests.support.tarballs import directory, entry, hard_link, symlink, tarball, with_field
 from tests.support.tree import Tree, describe, differences
 
@@ -201,6 +202,13 @@ def test_a_large_layer_holds_what_its_tar_says(layers: LayerStore, tmp_path: Pat
     tar = tarball(directory("."), *large())
     found = describe(mounted(layers, tar))
     assert differences(found, extracted(tar, tmp_path / "extracted")) == []
+
+
+def test_a_directory_of_very_many_files_holds_them_all(layers: LayerStore) -> None:
+    count = rounds(10_000, 100_000)
+    tar = tarball(directory("photos"), *(entry(f"photos/{n:06}.jpeg") for n in range(count)))
+    names = [path.name for path in (mounted(layers, tar) / "photos").iterdir()]
+    assert sorted(names) == [f"{n:06}.jpeg" for n in range(count)]
 
 
 def test_two_large_layers_at_once_hold_what_their_tars_say(layers: LayerStore) -> None:

@@ -1,5 +1,6 @@
 """What a layer's tar becomes for mkfs.erofs, which reads some archives otherwise than tar does."""
 
+import re
 import tarfile
 
 import pytest
@@ -303,6 +304,46 @@ def test_a_layer_has_a_limit_of_entries() -> None:
     assert len(members(rewritten(tarball(*entries), max_entries=10))) == 11
     with pytest.raises(TarError, match="the layer has more than 10 entries"):
         rewritten(tarball(*entries, entry("one/more")), max_entries=10)
+
+
+# Of archives that mkfs.erofs would take far too long for: each name is searched for in a list.
+ENDLESS = {
+    "new names": [entry(f"d/{number}") for number in range(100)],
+    "long ones": [entry(f"d/{number}", pax_headers={"a": "b"}) for number in range(100)],
+    "the same names": [entry(f"d/{number % 25}") for number in range(200)],
+    "removed names": [entry(f"d/.wh.{number}") for number in range(100)],
+    "directories": [directory(f"d/{number}/") for number in range(100)],
+    "implied directories": [entry(f"d/{number}/x") for number in range(100)],
+    "directories in turn": [entry(f"d/{number % 25}/{number}") for number in range(25 + 25 * 7)],
+    "hard links": [
+        *(entry(f"d/{number}") for number in range(25)),
+        *(hard_link(f"e/{number % 5}", "d/24") for number in range(200)),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_directory_that_mkfs_erofs_would_search_for_hours_is_named_with_its_size(
+    kind: str,
+) -> None:
+    archive = tarball(*ENDLESS[kind])
+    assert rewritten(archive)
+    with pytest.raises(TarError, match=r"^entry '.+': too many names are in one") as raised:
+        rewritten(archive, max_steps=3000)
+    found = re.search(r"one directory, (\d+) in 'd' so far", str(raised.value))
+    assert found, raised.value
+    assert 20 <= int(found[1]) < 100
+
+
+def test_a_tree_of_many_small_directories_is_not_what_takes_hours() -> None:
+    """Each of them is found at once by all the entries in it but the first."""
+    tree = [
+        entry(f"{top}/{middle}/{number}")
+        for top in range(5)
+        for middle in range(5)
+        for number in range(8)
+    ]
+    assert rewritten(tarball(*tree), max_steps=3000)
 
 
 def test_everything_that_gnu_tar_makes_of_odd_files_is_kept() -> None:
