@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -274,33 +274,40 @@ class ContainerRuntime:
         first_pid: int,
         parent: Path,
         stdio: Stdio,
+        directory: Path,
+        *,
         keeping: Callable[[Command], Command],
+        let: Callable[[Process], Awaitable[None]],
+        record: Callable[[Process], None],
     ) -> tuple[Process, int]:
         """Start a command in a container that runs, to outlive its request and the agent.
 
-        ``keeping`` makes the command that starts crun and waits for its end: the process that is
-        returned, with the pid of the command itself in the VM. As ``Processes.start_kept``.
+        ``keeping`` makes the command that starts crun once it is ``let``, and waits for its end:
+        the process that is returned, with the pid of the command itself in the VM. ``directory``
+        is made for crun's files, which stay. As ``Processes.start_kept``.
 
         Raises:
             AgentError: as ``running``.
         """
-
-        def prepare(directory: Path) -> Invocation:
-            return self._write_process(directory, command, first_pid, terminal=False)
-
-        async with self._invocation(prepare, is_bundle=False) as invocation:
+        prepare = partial(self._write_process, directory, command, first_pid, terminal=False)
+        invocation = await self.in_thread(prepare)
+        try:
             argv = self._exec(invocation, container_id)
 
             async def pid_of(process: Process) -> int:
+                await let(process)
                 return await Running(process, invocation, command, ()).pid()
 
             with _failing_to_run():
                 return await self.processes.start_kept(
                     keeping(Command(argv=argv, environment=BASE_ENVIRONMENT)),
                     stdio,
-                    parent=parent,
+                    record=record,
                     pid_of=pid_of,
+                    parent=parent,
                 )
+        finally:
+            invocation.close()
 
     async def start(
         self,

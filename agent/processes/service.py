@@ -158,20 +158,28 @@ class Processes:
         command: Command,
         stdio: Stdio,
         *,
+        record: Callable[[Process], None],
+        pid_of: Callable[[Process], Awaitable[int]],
         parent: Path | None = None,
-        pid_of: Callable[[Process], Awaitable[int]] | None = None,
     ) -> tuple[Process, int]:
         """Start a command that outlives its request and the agent; the process, and its pid.
 
         The caller waits for it, and then closes it. ``parent`` is as for ``running``, ``pid_of`` as
-        for ``start_background``.
+        for ``start_background``. ``record`` puts down for the next agent that there is a process,
+        before that is marked to be kept: what has a mark is known, and what has none is ended.
 
         Raises:
             AgentError: SPAWN_FAILED, if it cannot be started; what ``pid_of`` raises.
         """
         process = await self._start(command, stdio, parent, None)
         try:
-            pid = process.pid if pid_of is None else await pid_of(process)
+            record(process)
+            if process.cgroup is not None:
+                with suppress(OSError):  # it has ended, and all is over
+                    process.cgroup.keep()
+            # It may have begun by then, and is not to end with who waits.
+            with trio.CancelScope(shield=True):
+                pid = await pid_of(process)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await process.end_tree()
@@ -179,7 +187,6 @@ class Processes:
             raise
         if process.cgroup is not None:
             with suppress(OSError):  # it has ended, and all is over
-                process.cgroup.keep()
                 process.cgroup.tell_pid(pid)
             self.lifetime.start_soon(self._see_off, process.cgroup)
         return process, pid

@@ -6,12 +6,12 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import attrs
 import trio
 
 from agent.processes.process import kill_all
+from agent.workload.keeper import pid_namespace
 from agent.workload.place import Group
 
 _LAST_SIGNAL = 64
@@ -136,13 +136,8 @@ def _terminate(group: Group) -> None:
     if not group.in_container:
         group.cgroup.terminate()
         return
-    ours = _pid_namespace(os.getpid())
+    ours = pid_namespace(os.getpid())
     for pid in group.cgroup.pids():
         with suppress(OSError):
-            if _pid_namespace(pid) != ours:
+            if pid_namespace(pid) != ours:
                 os.kill(pid, signal.SIGTERM)
-
-
-def _pid_namespace(pid: int) -> int:
-    """The number of a process's pid namespace (namespaces(7)); raises OSError: it has ended."""
-    return Path(f"/proc/{pid}/ns/pid").stat().st_ino

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
@@ -46,6 +46,10 @@ class Started:
     group: Group
 
 
+Record = Callable[[Process], None]
+"""Puts down that there is a process, for the next agent; nothing is executed by it before that."""
+
+
 class Place(Protocol):
     """One of two: ``Machine`` here, or a container, which takes the whole agent to make."""
 
@@ -61,8 +65,16 @@ class Place(Protocol):
             AgentError: it cannot be started; INVALID_REQUEST where it is no command.
         """
 
-    async def start_kept(self, words: Words, stdio: Stdio, keeper: Keeper) -> Started:
+    @property
+    def in_container(self) -> bool:
+        """What ``Group`` has to say of its commands."""
+
+    async def start_kept(
+        self, words: Words, stdio: Stdio, keeper: Keeper, record: Record
+    ) -> Started:
         """A command that outlives its connection and the agent; the caller waits for its end.
+
+        stdin, a pipe, is for its keeper.
 
         Raises:
             AgentError: as ``running``.
@@ -74,6 +86,7 @@ class Machine:
     """The VM itself, as root."""
 
     processes: Processes
+    in_container: bool = False
 
     async def ready(self) -> None:
         """At once."""
@@ -84,10 +97,14 @@ class Machine:
             # Each process is the first of a session, and so of a process group.
             yield Started(process, Group(process.pid, process.cgroup, in_container=False))
 
-    async def start_kept(self, words: Words, stdio: Stdio, keeper: Keeper) -> Started:
+    async def start_kept(
+        self, words: Words, stdio: Stdio, keeper: Keeper, record: Record
+    ) -> Started:
         command = await trio.to_thread.run_sync(keeper.keeping_first, _command(words))
         with failing_as(ErrorCode.SPAWN_FAILED, f"start {words.argv[0]}"), keeper.told_pid() as pid:
-            process, leader = await self.processes.start_kept(command, stdio, pid_of=pid)
+            process, leader = await self.processes.start_kept(
+                command, stdio, record=record, pid_of=pid
+            )
         return Started(process, Group(leader, process.cgroup, in_container=False))
 
 

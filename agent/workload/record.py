@@ -1,4 +1,7 @@
-"""What the next agent has to know of the workload; a file beside its log."""
+"""What the next agent has to know of the workload; a file beside its log.
+
+It is written when there is a process, and before that executes anything.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,30 @@ import orjson
 
 from agent.processes.cgroup import Cgroup
 from agent.workload.end import End
-from agent.workload.place import Group
 
 _NAME = "workload.json"
 
 
 @attrs.frozen(kw_only=True)
 class RunRecord:
-    """A run of the workload that has begun; ``ticks`` tell its ``pid`` from a later one."""
+    """A run of the workload that is about to begin, or has; ``ticks`` tell ``pid`` from others."""
 
     is_boots: bool
+    keeper: str
+    """The name of its directory."""
     pid: int
     """Of the shell that keeps its exit status."""
     ticks: int
-    leader: int
-    cgroup: str | None
+    cgroup_path: str | None
     in_container: bool
-    stopped: bool = False
+    leader: int | None = None
+    """The command's pid, once that is known."""
+    stop_until: float | None = None
+    """When what is left of it is to be killed, on CLOCK_BOOTTIME; None where nobody wants that."""
 
     @property
-    def group(self) -> Group:
-        cgroup = None if self.cgroup is None else Cgroup(Path(self.cgroup))
-        return Group(self.leader, cgroup, self.in_container)
+    def cgroup(self) -> Cgroup | None:
+        return None if self.cgroup_path is None else Cgroup(Path(self.cgroup_path))
 
 
 @attrs.frozen(kw_only=True)

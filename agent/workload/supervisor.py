@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import attrs
 import trio
 
-from agent.errors import AgentError, cause_of
+from agent.errors import AgentError, cause_of, failing_as
 from agent.processes.process import Process, Stdio, Stream
 from agent.workload.commands import Commands, Running
 from agent.workload.end import STOPPED, End
 from agent.workload.keeper import Keeper, ended, start_ticks
 from agent.workload.log import WorkloadLog
 from agent.workload.log_part import Counts
-from agent.workload.place import Place, Started, Words
+from agent.workload.place import Group, Place, Started, Words
 from agent.workload.record import Record, RunRecord
+from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +84,8 @@ class Supervisor:
     _known: RunRecord | None = None
 
     @property
-    def _keeper(self) -> Keeper:
-        return Keeper(self.directory)
+    def _keepers(self) -> Path:
+        return self.directory / "runs"
 
     async def supervise(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -91,7 +94,7 @@ class Supervisor:
 
         What runs then goes on.
         """
-        record = await trio.to_thread.run_sync(Record.read, self.directory)
+        record = await trio.to_thread.run_sync(self._found_record)
         self._known, self.boots_end = record.run, record.boots_end
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -101,6 +104,9 @@ class Supervisor:
                     self.boots_end = None
                 self.current, held = self._entered(is_boots=known.is_boots)
                 nursery.start_soon(self._take_over, self.current, held, known)
+                if known.stop_until is not None:
+                    left_s = max(0.0, known.stop_until - _boottime())
+                    nursery.start_soon(self.commands.stop, left_s)
             if self.words is not None:
                 nursery.start_soon(self._keep_running, self.words)
             task_status.started()
@@ -123,7 +129,9 @@ class Supervisor:
             self._pause.cancel()
             self.boots_end = End(self.boots_end.code, STOPPED)
         if self._known is not None:
-            self._known = attrs.evolve(self._known, stopped=True)
+            until, earlier = _boottime() + timeout_s, self._known.stop_until
+            until = until if earlier is None else min(until, earlier)
+            self._known = attrs.evolve(self._known, stop_until=until)
         self._keep_record()
         assert self._nursery is not None
         self._nursery.start_soon(self.commands.stop, timeout_s)
@@ -176,15 +184,21 @@ class Supervisor:
 
     async def _see_through(self, run: Run, held: ExitStack, words: Words) -> None:
         with held:
+            keeper = None
             try:
-                started = await self._started(words)
+                await self.place.ready()
+                with failing_as(ErrorCode.SPAWN_FAILED, f"keep {self._keepers}"):
+                    keeper = await trio.to_thread.run_sync(Keeper.new, self._keepers)
+                started = await self._started(run, words, keeper)
             except AgentError as error:
                 log.warning("the workload cannot be started: %s", error.message)
                 run.refusal = error
-                self._end(run, End.unstarted(error.message))
+                self._end(run, End.unstarted(error.message), keeper)
                 return
             process = started.process
-            self._keep_run(run, started)
+            if self._known is not None:
+                self._known = attrs.evolve(self._known, leader=started.group.leader)
+                self._keep_record()
             run.running.started(started.group)
             run.decided.set()
             try:
@@ -192,55 +206,80 @@ class Supervisor:
                 outcome = process.outcome()
             finally:
                 process.close()
-            self._end(run, End.of(outcome, stopped=run.running.stopped, is_child=False))
+            end = End.of(outcome, stopped=run.running.stopped, is_child=False)
+            self._end(run, end, keeper)
 
-    async def _started(self, words: Words) -> Started:
-        await self.place.ready()
-        self._keeper.forget()
-        stdio = Stdio(log=self.log.fifo(Stream.STDOUT), error_log=self.log.fifo(Stream.STDERR))
-        return await self.place.start_kept(words, stdio, self._keeper)
+    async def _started(self, run: Run, words: Words, keeper: Keeper) -> Started:
+        stdio = Stdio(
+            takes_stdin=True,
+            log=self.log.fifo(Stream.STDOUT),
+            error_log=self.log.fifo(Stream.STDERR),
+        )
+
+        def record(process: Process) -> None:
+            self._known = RunRecord(
+                is_boots=run.is_boots,
+                keeper=keeper.directory.name,
+                pid=process.pid,
+                # Where it is over already nobody will wait for it.
+                ticks=start_ticks(process.pid) or 0,
+                cgroup_path=None if process.cgroup is None else str(process.cgroup.path),
+                in_container=self.place.in_container,
+            )
+            self._keep_record()
+
+        return await self.place.start_kept(words, stdio, keeper, record)
 
     async def _take_over(self, run: Run, held: ExitStack, known: RunRecord) -> None:
-        """See to the end of what an earlier agent has started."""
+        """See to the end of what an earlier agent has started, or was about to start."""
         with held:
-            running = run.running
-            running.stopped = known.stopped
-            running.started(known.group)
+            running, cgroup = run.running, known.cgroup
+            keeper = Keeper(self._keepers / known.keeper)
+            running.stopped = known.stop_until is not None
+            leader = known.leader
+            if leader is None:
+                with suppress(OSError):
+                    leader = await keeper.find_pid(
+                        known.pid, known.ticks, cgroup, in_container=known.in_container
+                    )
+            if leader is not None:
+                if self._known is not None:
+                    self._known = attrs.evolve(self._known, leader=leader)
+                    self._keep_record()
+                if cgroup is not None:
+                    with suppress(OSError):  # it has ended
+                        cgroup.tell_pid(leader)
+                running.started(Group(leader, cgroup, known.in_container))
             run.decided.set()
             await ended(known.pid, known.ticks)
-            cgroup = known.group.cgroup
+            if not keeper.has_begun() and not running.stopped:
+                # That agent died before it let it: nothing has happened yet.
+                self._over(run, keeper)
+                return
             oom = cgroup is not None and bool(cgroup.counters().oom_kills)
-            self._end(run, End.kept(self._keeper.kept_code(), oom=oom, stopped=running.stopped))
+            end = End.kept(keeper.kept_code(), oom=oom, stopped=running.stopped)
+            self._end(run, end, keeper)
 
-    def _end(self, run: Run, end: End) -> None:
+    def _end(self, run: Run, end: End, keeper: Keeper | None) -> None:
         self.log.drain()
         run.written = self.log.written
         run.end = end
         log.info("the workload has ended with %d: %s", end.code, end.reason)
-        self.current = self._known = None
         if run.is_boots:
             self.boots_end = end
             self._is_restarting = self._is_to_restart(end)
-        self._keep_record()
-        run.decided.set()
-        run.over.set()
+        self._over(run, keeper)
         if run.is_boots:
             for tell in list(self.on_boots_end):
                 tell(end)
 
-    def _keep_run(self, run: Run, started: Started) -> None:
-        process: Process = started.process
-        cgroup = started.group.cgroup
-        self._known = RunRecord(
-            is_boots=run.is_boots,
-            pid=process.pid,
-            # Where it is over already nobody will wait for it.
-            ticks=start_ticks(process.pid) or 0,
-            leader=started.group.leader,
-            cgroup=None if cgroup is None else str(cgroup.path),
-            in_container=started.group.in_container,
-        )
+    def _over(self, run: Run, keeper: Keeper | None) -> None:
+        self.current = self._known = None
         self._keep_record()
+        if keeper is not None:
+            keeper.remove()
+        run.decided.set()
+        run.over.set()
 
     def _keep_record(self) -> None:
         try:
@@ -248,3 +287,17 @@ class Supervisor:
         except OSError as error:
             # It goes on; only another agent would not know.
             log.error("keep what is known of the workload: %s", cause_of(error))
+
+    def _found_record(self) -> Record:
+        """An earlier agent's; what is kept of other runs is removed. Blocks."""
+        record = Record.read(self.directory)
+        known = None if record.run is None else record.run.keeper
+        if self._keepers.is_dir():
+            for directory in self._keepers.iterdir():
+                if directory.name != known:
+                    shutil.rmtree(directory, ignore_errors=True)
+        return record
+
+
+def _boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

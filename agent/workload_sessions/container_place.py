@@ -17,8 +17,8 @@ from agent.processes.command import Bind, ContainerCommand
 from agent.processes.process import Stdio
 from agent.processes.standing import StandingContainer
 from agent.services import Services
-from agent.workload.keeper import Keeper
-from agent.workload.place import Group, Started, Words
+from agent.workload.keeper import Keeper, let
+from agent.workload.place import Group, Record, Started, Words
 from protocol.errors import ErrorCode
 
 
@@ -29,6 +29,7 @@ class PersistentContainer:
     _services: Services
     _image: str
     _overlay: str
+    in_container: bool = True
 
     async def ready(self) -> None:
         """Return when the storage is there, and the network, which containers share, decided."""
@@ -56,17 +57,26 @@ class PersistentContainer:
                 yield Started(process, Group(leader, process.cgroup, in_container=True))
                 return
 
-    async def start_kept(self, words: Words, stdio: Stdio, keeper: Keeper) -> Started:
+    async def start_kept(
+        self, words: Words, stdio: Stdio, keeper: Keeper, record: Record
+    ) -> Started:
         while True:
             async with self._joined(words) as (command, container):
                 where = (container.id, container.pid, container.cgroup.path)
                 try:
                     process, leader = await self._services.containers.start_kept(
-                        command, *where, stdio, keeper.keeping
+                        command,
+                        *where,
+                        stdio,
+                        keeper.start,
+                        keeping=keeper.keeping,
+                        let=let,
+                        record=record,
                     )
                 except AgentError:
                     if not container.has_ended:
                         raise
+                    keeper.clear()
                     continue
                 return Started(process, Group(leader, process.cgroup, in_container=True))
 

@@ -10,10 +10,13 @@ import trio
 
 from initramfs.local_registry import LocalRegistry
 from protocol.client import AuthenticationFailed, open_client
-from tests.support.crash import kill_agent
+from tests.support.chance import chance
+from tests.support.crash import kill_agent, successor
+from tests.support.directory_events import on_each_event
 from tests.support.execution import pull, shell
 from tests.support.images import Images
 from tests.support.machine import Machine, booted
+from tests.support.rounds import rounds
 from tests.support.standing import Persistent
 from tests.support.workload import TOKEN, Peer, open_log, open_peer
 
@@ -121,6 +124,50 @@ async def test_the_workload_of_an_image_starts_once_that_is_there_and_survives_t
         # PID 2 and more: the container's first process is the agent's own.
         await peer.until(lambda: peer.told(0).exit == (143, "signaled: SIGTERM"))
         await log.until(lambda: log.told(0).stdout == b"begun\nbegun\n")
+
+
+async def test_an_agent_that_is_killed_while_a_container_is_joined_has_that_done_once(
+    registry: LocalRegistry, images: Images, tmp_path: Path
+) -> None:
+    words = {
+        "image": images.busybox.reference,
+        "command": "sh,-c,echo%20begun;exec%20sleep%201000",
+        "restart": "always",
+    }
+    options = [f"--append=innkeep.workload.{key}={value}" for key, value in words.items()]
+    chances = chance("join")
+    with booted(
+        tmp_path,
+        insecure_registries=[registry.address],
+        options=[with_token(tmp_path), *options],
+    ) as machine:
+        async with open_client(machine.address) as client, open_log(machine.address) as log:
+            await pull(client, images.busybox.reference)
+            await log.output(0, b"begun\n")
+        # As many as init lets an agent die within a minute.
+        for trial in range(1, rounds(2, 5) + 1):
+            # The end of one run is put down, then there is a shell for the next, then its command.
+            deadly = chances.randrange(1, 10)
+            print(f"trial {trial}: event {deadly}")
+            pid, serving = machine.agent_pid(), successor(machine)
+
+            def on_event(count: int, pid: int = pid, deadly: int = deadly) -> None:
+                if count == deadly:
+                    os.kill(pid, signal.SIGKILL)
+
+            records = machine.path("/run/innkeep/workload")
+            async with open_peer(machine.address) as peer:
+                with on_each_event([records], on_event):
+                    await peer.signal(0, signal.SIGTERM)
+                    assert await peer.closed()
+            await serving()
+            async with open_peer(machine.address) as peer, open_log(machine.address) as log:
+                begun = b"begun\n" * (trial + 1)
+                await log.output(0, begun)
+                await peer.shell(1, "cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+                told = await peer.over(1)
+                assert told.stdout.count(b"sleep 1000") == 1
+                assert log.told(0).stdout == begun
 
 
 async def test_exec_joins_the_container_of_the_overlay(containers: Machine, images: Images) -> None:

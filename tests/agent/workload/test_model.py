@@ -32,6 +32,7 @@ SCRIPT = (
     "trap 'exit 7' USR1; trap 'exit 9' TERM; head -c {size} /dev/zero; sleep 1000 & echo on; wait"
 )
 BUSY = "the workload runs already: there is one at a time"
+STOPPED = (9, "stopped")
 ENDS = {
     signal.SIGUSR1: (7, "exited"),
     signal.SIGTERM: (9, "exited"),
@@ -47,6 +48,14 @@ class Expected:
     size: int
     end: tuple[int, str] | None = None
     """How it ends, once it has been made to."""
+    overtaken: bool = False
+    """Whether a stop came so soon after what ends it that it may have been the first."""
+
+    def ends(self) -> list[tuple[int, str] | None]:
+        """What may be told of its end."""
+        if self.end is None or not self.overtaken:
+            return [self.end]
+        return [self.end, (self.end[0], "stopped"), STOPPED]
 
 
 @define(eq=False)
@@ -69,7 +78,7 @@ class ModelledPeer:
         for number, expected in self.requests.items():
             told = self.peer.told(number)
             assert told.started
-            assert told.exit == expected.end
+            assert told.exit in expected.ends()
             if not told.truncated:
                 assert told.stdout == bytes(expected.size) + b"on\n"
             elif expected.end is not None:
@@ -248,10 +257,13 @@ class Conversations(RuleBasedStateMachine):
                 self.guest.do(each.peer.output, request_id, b"on\n")
         self.guest.do(modelled.peer.stop, 60_000)
         for each in self.peers:
-            for expected in each.running().values():
-                expected.end = (9, "stopped")
+            for request_id, expected in each.requests.items():
+                if expected.end is None:
+                    expected.end = STOPPED
+                elif each.peer.told(request_id).exit is None:
+                    expected.overtaken = True
         if self.workload is not None:
-            self.workload.end = (9, "stopped")
+            self.workload.end = STOPPED
             self.workload = None
         self.guest.do(self.guest.freed)
 
