@@ -9,7 +9,7 @@ import gc
 import os
 import sys
 
-from agent.bootwords import DEFAULT_LISTEN, kernel_words, listen_argument
+from agent.bootwords import DEFAULT_LISTEN, kernel_words, listen_argument, variable_of
 
 # Hosts probe a booting VM every 20 ms, each time on a connection of its own.
 BACKLOG = 512
@@ -90,7 +90,8 @@ def main() -> int:
     with open("/proc/cmdline", encoding="utf-8", errors="replace") as file:
         cmdline = file.read()
     words = kernel_words(os.environ.get("INNKEEP_CMDLINE", cmdline))
-    address = listen_argument(argv) if argv else words.get("listen", DEFAULT_LISTEN)
+    told = words.get("listen", os.environ.get(variable_of("listen"))) or DEFAULT_LISTEN
+    address = listen_argument(argv) if argv else told
     if address is None:
         # Nothing to listen on: the arguments' parser says what is missing, or prints its help.
         return serve(None, cmdline, argv, [])
@@ -116,7 +117,8 @@ def serve(
     """Read the whole configuration, and serve on the listeners, which are closed in the end."""
     # What is imported stays: collecting among it costs a tenth of the start.
     gc.disable()
-    from agent.config import AgentConfig, ConfigError
+    from agent.config import AgentConfig
+    from agent.config_values import ConfigError
 
     try:
         config = AgentConfig.from_boot(cmdline, os.environ, argv)

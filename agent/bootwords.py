@@ -7,6 +7,12 @@ from __future__ import annotations
 
 DEFAULT_LISTEN = "vsock:6000"
 PREFIX = "innkeep."
+VARIABLE_PREFIX = "INNKEEP_"
+
+
+def variable_of(key: str) -> str:
+    """What a setting is called in the environment."""
+    return VARIABLE_PREFIX + key.upper().replace(".", "_")
 
 
 def kernel_words(cmdline: str) -> dict[str, str]:

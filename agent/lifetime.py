@@ -19,7 +19,7 @@ from agent.errors import AgentError
 from agent.gate import Gate
 from agent.introspection import Introspection
 from agent.server import serve
-from agent.session import converse
+from agent.session import converse, pong
 from agent.uptime import started_s, uptime_s
 from protocol.errors import ErrorCode
 
@@ -49,8 +49,8 @@ def run(
     """
     introspection = Introspection()
     logs.configure(config.log_level, introspection.failures)
-    for word in config.unknown_words:
-        log.warning("innkeep.%s means nothing: misspelt?", word)
+    for problem in config.problems:
+        log.error("configuration: %s", problem)
     with _cgroup_root(config) as cgroup_root:
         return trio.run(_live, listener, workload_listeners, config, cgroup_root, introspection)
 
@@ -80,7 +80,7 @@ async def _live(
     async with trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signal, gate)
         nursery.start_soon(hangups.run)
-        talk = partial(converse, hangups=hangups, services=gate)
+        talk = partial(converse, hangups=hangups, services=gate, pong=pong(config.problems))
         nursery.start_soon(serve, listener, config.vsock_peers, talk)
         log.info("serving on %s", config.listen)
         steps.update({"agent": started_s(), "serving": uptime_s()})
@@ -91,7 +91,11 @@ async def _live(
             async with open_services(config, cgroup_root, introspection) as services:
                 gate.open(services)
                 steps["services"] = uptime_s()
-                if workload_listeners:
+                if config.refusal is not None:
+                    # Nothing is run by halves of a configuration, for nobody.
+                    for each in workload_listeners:
+                        each.close()
+                elif workload_listeners:
                     from agent.workload_sessions.ports import serve_workload
 
                     nursery.start_soon(serve_workload, workload_listeners, hangups, services)

@@ -99,10 +99,15 @@ class Services:
         """Whether a shutdown has begun: nothing new is started."""
         return self._stopping
 
-    def refuse_when_stopping(self, kind: type) -> None:
-        """Raise for new work once a shutdown has begun; a second shutdown and a ping may pass."""
-        if self._stopping and kind not in (requests.Ping, requests.Shutdown):
+    def refuse_new_work(self, kind: type) -> None:
+        """Raise for new work once a shutdown has begun, or where the configuration cannot be gone
+        by; a (second) shutdown and a ping may pass, and looking may go on in the latter case."""
+        if kind in (requests.Ping, requests.Shutdown):
+            return
+        if self._stopping:
             raise AgentError(ErrorCode.INVALID_REQUEST, "the agent is shutting down")
+        if self.config.refusal is not None and kind is not requests.Diagnose:
+            raise AgentError(ErrorCode.INVALID_REQUEST, self.config.refusal)
 
     async def bring_up_images(self) -> None:
         """Mount the storage and open what is kept there; nothing changes where it is up.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -53,12 +54,20 @@ CAPABILITIES = (
 )
 """What this agent can do beyond protocol.rs; docs/protocol.md says what each one means."""
 
-PONG = responses.Pong(version=PROTOCOL_VERSION, capabilities=CAPABILITIES)
+
+def pong(config_errors: Sequence[str] = ()) -> responses.Pong:
+    """What every ping is answered with."""
+    return responses.Pong(
+        version=PROTOCOL_VERSION, capabilities=CAPABILITIES, config_errors=tuple(config_errors)
+    )
+
 
 Failure = TypeVar("Failure", bound=Exception)
 
 
-async def converse(connection: Connection, hangups: HangupWatch, services: Gate[Services]) -> None:
+async def converse(
+    connection: Connection, hangups: HangupWatch, services: Gate[Services], pong: responses.Pong
+) -> None:
     """Serve one connection until its peer is done or gone. The caller closes it.
 
     A hang-up cancels what the connection was doing. Of the requests that still lie unread then,
@@ -69,7 +78,7 @@ async def converse(connection: Connection, hangups: HangupWatch, services: Gate[
     with trio.CancelScope() as conversation:
         try:
             with hangups.watching(connection.socket, conversation.cancel):
-                await _answer_requests(channel, services)
+                await _answer_requests(channel, services, pong)
         except FrameTooLarge as error:
             refusal = responses.Error(message=str(error), code=ErrorCode.MESSAGE_TOO_LARGE.value)
             await channel.send(refusal)
@@ -78,10 +87,12 @@ async def converse(connection: Connection, hangups: HangupWatch, services: Gate[
             log.debug("the peer is gone: %s", error)
             conversation.cancel()
     if conversation.cancel_called:
-        await _carry_out_the_rest(channel, services)
+        await _carry_out_the_rest(channel, services, pong)
 
 
-async def _answer_requests(channel: Channel, services: Gate[Services]) -> None:
+async def _answer_requests(
+    channel: Channel, services: Gate[Services], pong: responses.Pong
+) -> None:
     while True:
         try:
             envelope = await channel.next_request()
@@ -92,16 +103,18 @@ async def _answer_requests(channel: Channel, services: Gate[Services]) -> None:
             continue
         if envelope is None:
             return
-        await _answer(envelope, channel, services)
+        await _answer(envelope, channel, services, pong)
 
 
-async def _answer(envelope: Request, channel: Channel, services: Gate[Services]) -> None:
+async def _answer(
+    envelope: Request, channel: Channel, services: Gate[Services], pong: responses.Pong
+) -> None:
     request: AgentRequest = envelope.body
     kind = type(request)
     if kind is requests.Ping:
         # Hosts ask this most and wait for it least: it needs no service, also while there are
         # none yet, and leaves no line in the log.
-        await channel.send(PONG)
+        await channel.send(pong)
         return
     if kind in DROPPED:
         # Left over after its session's end: an answer would be taken for the next request's.
@@ -136,7 +149,7 @@ async def _handle(
     begun = time.monotonic()
     answer: AgentResponse | None
     try:
-        services.refuse_when_stopping(kind)
+        services.refuse_new_work(kind)
         answer = await handler(request, channel, services)
     except Exception as error:
         for kind_of_end in (PeerGone, FrameTooLarge):
@@ -170,11 +183,13 @@ def _sole(kind: type[Failure], error: BaseException) -> Failure | None:
     return error if isinstance(error, kind) else None
 
 
-async def _carry_out_the_rest(channel: Channel, services: Gate[Services]) -> None:
+async def _carry_out_the_rest(
+    channel: Channel, services: Gate[Services], pong: responses.Pong
+) -> None:
     with trio.CancelScope(shield=True):
         while (envelope := channel.pending_request()) is not None:
             if type(envelope.body) in OUTLIVE_THEIR_CONNECTION:
                 try:
-                    await _answer(envelope, channel, services)
+                    await _answer(envelope, channel, services, pong)
                 except PeerGone:
                     log.debug("nobody was left to hear the answer")

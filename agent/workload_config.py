@@ -33,20 +33,17 @@ class WorkloadConfig:
     log_bytes: int = 4 << 20
     """How much of the workload's output is kept."""
 
-    @classmethod
-    def read(cls, prefix: str, words: Mapping[str, str]) -> WorkloadConfig:
-        """The configuration from words, whose names in messages have ``prefix`` before them.
+    @staticmethod
+    def read(name: str, key: str, text: str) -> dict[str, Any]:
+        """The field that a word sets, and its value; ``name`` is what the word is called.
 
         Raises:
             ValueError: a word that means nothing, or a value that is not what its word takes.
         """
-        settings: dict[str, Any] = {}
-        for key, text in words.items():
-            if key not in _READERS:
-                raise ValueError(f"{prefix}{key}: expected KEY=VALUE, KEY one of {_KEYS}")
-            field, read = _READERS[key]
-            settings[field] = read(f"{prefix}{key}", text)
-        return cls(**settings)
+        if key not in _READERS:
+            raise ValueError(f"{name}: expected KEY=VALUE, KEY one of {_KEYS}")
+        field, read = _READERS[key]
+        return {field: read(name, text)}
 
 
 def _command(name: str, text: str) -> tuple[str, ...]:

@@ -18,10 +18,12 @@ class Ok:
 
 @attrs.frozen
 class Pong:
-    """The agent is there; ``capabilities`` name what it can do beyond protocol version 1."""
+    """The agent is there; ``capabilities`` name what it can do beyond protocol version 1, and
+    ``config_errors`` say what is wrong with what it was told at its start."""
 
     version: U32
     capabilities: tuple[str, ...] = attrs.field(default=(), metadata=OMITTED)
+    config_errors: tuple[str, ...] = attrs.field(default=(), metadata=OMITTED)
 
 
 @attrs.frozen

@@ -113,6 +113,8 @@ def ping(context: typer.Context) -> None:
         return
     capabilities = "".join(f", {capability}" for capability in pong.capabilities)
     print(f"pong: protocol version {pong.version}, {seconds * 1000:.1f} ms{capabilities}")
+    for error in pong.config_errors:
+        output.print_error(f"configuration: {error}")
 
 
 @app.command(name="network-test")

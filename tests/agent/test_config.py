@@ -4,12 +4,16 @@ import ipaddress
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import attrs
 import pytest
 
 from agent.bootwords import kernel_words, listen_argument
-from agent.config import AgentConfig, ConfigError
+from agent.config import AgentConfig
+from agent.config_values import ConfigError
+from agent.settings import SETTINGS, Setting
 from agent.workload_config import WorkloadConfig
 
+OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
 ARGUMENTS = ["--listen", "unix:/tmp/a", "--storage", "/tmp/s", "--run-dir", "/tmp/r"]
 
 
@@ -110,9 +114,17 @@ def test_mirrors_are_found_where_containerd_has_them_below_our_own_name_or_elsew
 def test_a_word_that_means_nothing_is_named_with_what_was_expected(
     word: str, expected: str
 ) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        AgentConfig.from_boot(word, {}, [])
-    assert expected in str(refusal.value)
+    config = AgentConfig.from_boot(f"innkeep.vsock_peers=1 innkeep.listen=vsock:1 {word}", {}, [])
+    assert expected in "".join(config.problems)
+    # Told by the agent, which does nothing else.
+    assert config.refusal == f"boot configuration: {config.problems[0]}"
+    assert config == AgentConfig(
+        listen="vsock:1",
+        in_image=True,
+        storage_in_memory=True,
+        problems=config.problems,
+        refusal=config.refusal,
+    )
 
 
 def test_limits_are_left_to_the_machine_where_no_word_sets_them() -> None:
@@ -155,8 +167,10 @@ def test_a_bridge_is_there_when_a_word_an_argument_or_the_launcher_says_so(name:
     assert not configured(argv=ARGUMENTS)
     assert configured(argv=[*ARGUMENTS, argument])
     assert configured(environ={variable: "1"}, argv=ARGUMENTS)
+    assert configured(environ={f"INNKEEP_{name.upper()}": "1", variable: "0"})
+    assert not configured(f"innkeep.{name}=0", {f"INNKEEP_{name.upper()}": "1"})
     with pytest.raises(ConfigError, match=f"{variable}=yes: expected 0 or 1"):
-        configured(environ={variable: "yes"})
+        configured(environ={variable: "yes"}, argv=ARGUMENTS)
 
 
 def test_the_launcher_may_name_the_file_that_tells_of_readiness() -> None:
@@ -183,9 +197,109 @@ def test_a_missing_argument_ends_with_usage(capsys: pytest.CaptureFixture[str]) 
     assert "--storage" in capsys.readouterr().err
 
 
-def test_words_that_nobody_reads_are_found() -> None:
-    config = AgentConfig.from_boot("quiet innkeep.stroage=/dev/vda innkeep.hostname=a", {}, [])
-    assert config.unknown_words == ("stroage",)
+def test_what_names_no_setting_is_an_error_that_lists_the_near_ones() -> None:
+    environ = {
+        "INNKEEP_LGO": "info",
+        "SMOLVM_NEWER": "1",
+        "INNKEEP_CONNECT": "unix:/a",
+        "HOME": "/",
+    }
+    config = AgentConfig.from_boot(
+        "quiet innkeep.stroage=/dev/vda innkeep.hostname=a innkeep.log=debug innkeep.zzz",
+        environ,
+        [],
+    )
+    assert config.problems == (
+        "innkeep.stroage: there is no such setting (did you mean innkeep.storage?)",
+        "innkeep.zzz: there is no such setting",
+        "INNKEEP_LGO: there is no such setting (did you mean INNKEEP_LOG?)",
+    )
+    # The rest is gone by: an older image cannot know what a newer word would have meant.
+    assert config.refusal is None
+    assert config.log_level == "DEBUG"
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--host-dir=/a", "unrecognized argument --host-dir (did you mean --hosts-dir?)"),
+        ("--ssh", "unrecognized argument --ssh"),
+        ("--frobnicate", "error: unrecognized argument --frobnicate\n"),
+    ],
+)
+def test_an_argument_that_there_is_not_ends_with_the_near_ones(
+    capsys: pytest.CaptureFixture[str], argument: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        AgentConfig.from_boot("", {}, [*ARGUMENTS, argument])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "environ", "argv", "level"),
+    [
+        ("", {}, [], "INFO"),
+        ("", {"INNKEEP_LOG": "error"}, [], "ERROR"),
+        ("innkeep.log=debug", {"INNKEEP_LOG": "error"}, [], "DEBUG"),
+        ("innkeep.log=debug", {"INNKEEP_LOG": ""}, ARGUMENTS, "INFO"),
+        ("innkeep.log=debug", {"INNKEEP_LOG": "error"}, ARGUMENTS, "ERROR"),
+        ("", {"INNKEEP_LOG": "error"}, [*ARGUMENTS, "--log=warning"], "WARNING"),
+    ],
+)
+def test_arguments_come_before_words_and_words_before_the_environment(
+    cmdline: str, environ: Mapping[str, str], argv: Sequence[str], level: str
+) -> None:
+    assert AgentConfig.from_boot(cmdline, environ, argv).log_level == level
+
+
+def test_the_environment_alone_configures_a_vm() -> None:
+    environ = {
+        "INNKEEP_STORAGE": "/dev/vda",
+        "INNKEEP_INSECURE_REGISTRY": "r:80,s:81",
+        "INNKEEP_WORKLOAD_COMMAND": "sleep,5",
+        "INNKEEP_CRUN": "/bin/crun",
+    }
+    config = AgentConfig.from_boot("quiet", environ, [])
+    assert config.problems == ()
+    assert config.storage_device == "/dev/vda"
+    assert config.insecure_registries == {"r:80", "s:81"}
+    assert config.workload.command == ("sleep", "5")
+    assert config.crun == "/bin/crun"
+
+
+def test_the_table_of_settings_is_the_codes_own() -> None:
+    """Every row of docs/operating.md is a setting, spelt so, and every setting is there."""
+    text = OPERATING.read_text(encoding="utf-8")
+    table = text.partition("| word | variable | argument | meaning | default |\n")[2]
+    rows = table.partition("\n\n")[0].splitlines()[1:]
+    assert rows == [row(setting) for setting in SETTINGS]
+
+
+def row(setting: Setting) -> str:
+    argument = "--workload" if setting.key.startswith("workload.") else setting.flag
+    value = "KEY=VALUE" if argument == "--workload" else setting.metavar
+    cells = [
+        f"`{setting.word}=`" if setting.in_image else "",
+        f"`{setting.variable}`" if setting.in_image else "",
+        f"`{argument}{f' {value}' if value else ''}`" if argument else "",
+        setting.meaning,
+        setting.default,
+    ]
+    if setting.launcher:
+        cells[1] += f", `{setting.launcher}`"
+    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
+
+
+def test_no_two_settings_are_spelt_alike() -> None:
+    for name in ("word", "variable", "flag"):
+        names = [found for setting in SETTINGS if (found := getattr(setting, name))]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key)
+def test_the_field_of_a_setting_is_one_of_the_configurations(setting: Setting) -> None:
+    assert setting.field is None or setting.field in attrs.fields_dict(AgentConfig)
 
 
 def test_the_last_of_a_key_wins_and_quotes_fall_away() -> None:
@@ -215,7 +329,7 @@ def test_words_of_the_workload_are_read() -> None:
         {},
         [],
     )
-    assert config.unknown_words == ()
+    assert config.problems == ()
     assert config.workload == WorkloadConfig(
         token_file=Path("/dev/vdb"),
         image="alpine",
@@ -245,8 +359,7 @@ def test_arguments_name_the_workload_as_words_do() -> None:
     ],
 )
 def test_a_wrong_word_of_the_workload_is_named(word: str, complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        AgentConfig.from_boot(word, {}, [])
+    assert complaint in str(AgentConfig.from_boot(word, {}, []).refusal)
     key, _, value = word.removeprefix("innkeep.workload.").partition("=")
     with pytest.raises(ConfigError, match=complaint.removeprefix("innkeep.workload.")):
         AgentConfig.from_boot("", {}, [*ARGUMENTS, "--workload", f"{key}={value}"])
@@ -254,6 +367,9 @@ def test_a_wrong_word_of_the_workload_is_named(word: str, complaint: str) -> Non
 
 def test_a_misspelt_word_of_the_workload_is_unknown_or_refused() -> None:
     config = AgentConfig.from_boot("innkeep.workload.comand=true", {}, [])
-    assert config.unknown_words == ("workload.comand",)
+    assert config.problems == (
+        "innkeep.workload.comand: there is no such setting "
+        "(did you mean innkeep.workload.command?)",
+    )
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         AgentConfig.from_boot("", {}, [*ARGUMENTS, "--workload", "comand=true"])

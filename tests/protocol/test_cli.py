@@ -44,6 +44,13 @@ async def test_ping_says_that_the_agent_is_there(path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, b"")
 
 
+async def test_ping_tells_what_is_wrong_with_the_agents_configuration(path: Path) -> None:
+    answers = {requests.Ping: [[responses.Pong(1, config_errors=("innkeep.a: what?",))]]}
+    result, _ = await with_answers(path, answers, "ping")
+    assert result.returncode == 0
+    assert b"configuration: innkeep.a: what?" in result.stderr
+
+
 async def test_the_address_may_come_from_the_environment(path: Path) -> None:
     script = Script({requests.Ping: [[responses.Pong(1)]]})
     async with serving(path, script) as address:

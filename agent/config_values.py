@@ -1,0 +1,121 @@
+"""What the values of the configuration may look like.
+
+Each reader takes the name that the value was given under, for its messages, and the text.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_UNITS: Mapping[str, int] = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+# The least that IPv4 allows (RFC 791), and the most that its packets can have.
+_MTU = range(68, 65536)
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
+
+
+class ConfigError(ValueError):
+    """A word or an argument that means nothing; the text names it and what was expected."""
+
+
+def text(name: str, value: str) -> str:
+    return value
+
+
+def switch(name: str, value: str) -> bool:
+    if value not in ("0", "1"):
+        raise ConfigError(f"{name}={value}: expected 0 or 1")
+    return value == "1"
+
+
+def log_level(name: str, value: str) -> str:
+    if value.upper() not in LOG_LEVELS:
+        raise ConfigError(f"{name}={value}: expected one of {', '.join(LOG_LEVELS)}")
+    return value.upper()
+
+
+def absolute_path(name: str, value: str) -> Path:
+    if not value.startswith("/"):
+        raise ConfigError(f"{name}={value}: expected a path that begins with /")
+    return Path(value)
+
+
+def registries(name: str, value: str) -> frozenset[str]:
+    hosts = frozenset(host for host in value.split(",") if host)
+    for host in hosts:
+        if "/" in host:
+            raise ConfigError(f"{name}={host}: expected HOST:PORT, without a scheme or a path")
+    return hosts
+
+
+def ca_files(name: str, value: str) -> dict[str, Path]:
+    files = {}
+    for pair in filter(None, value.split(",")):
+        host, separator, path = pair.partition("=")
+        if not (host and separator and path):
+            raise ConfigError(f"{name}={pair}: expected HOST:PORT=FILE")
+        files[host] = Path(path)
+    return files
+
+
+def cids(name: str, value: str) -> frozenset[int]:
+    return frozenset(_read(name, cid, int) for cid in value.split(",") if cid)
+
+
+def memory(name: str, value: str) -> int | Literal["max"]:
+    if value == "max":
+        return "max"
+    number, unit = value[:-1], value[-1:]
+    if unit not in _UNITS or not _is_positive(number):
+        raise ConfigError(f"{name}={value}: expected a size like 512M (K, M or G), or 'max'")
+    return int(number) * _UNITS[unit]
+
+
+def processes(name: str, value: str) -> int | Literal["max"]:
+    if value == "max":
+        return "max"
+    if not _is_positive(value):
+        raise ConfigError(f"{name}={value}: expected a number of processes above 0, or 'max'")
+    return int(value)
+
+
+def addresses(name: str, value: str) -> tuple[Address, ...]:
+    return tuple(_read(name, each, ipaddress.ip_address) for each in value.split(",") if each)
+
+
+def interface(name: str, value: str) -> Interface:
+    return _read(name, value, ipaddress.ip_interface)
+
+
+def mac(name: str, value: str) -> str:
+    address = value.lower()
+    # The lowest bit of its first octet makes it a group's.
+    if not _MAC.fullmatch(address) or int(address[:2], 16) & 1:
+        raise ConfigError(f"{name}={value}: expected the address of one like 52:54:00:12:34:56")
+    return address
+
+
+def mtu(name: str, value: str) -> int:
+    if not _is_positive(value) or int(value) not in _MTU:
+        raise ConfigError(f"{name}={value}: expected a number of bytes from 68 to 65535")
+    return int(value)
+
+
+def _read(name: str, value: str, read: Callable[[str], T]) -> T:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ConfigError(f"{name}={value}: {error}") from error
+
+
+def _is_positive(value: str) -> bool:
+    return value.isascii() and value.isdecimal() and int(value) > 0
