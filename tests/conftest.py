@@ -2,6 +2,8 @@
 
 pytest_plugins = [
     "tests.support.registry",
+    "tests.support.certificates",
+    "tests.support.private_registries",
     "tests.support.images",
     "tests.support.guest",
     "tests.support.rounds",

@@ -4,6 +4,7 @@ import ssl
 from datetime import datetime
 from pathlib import Path
 
+import pytest
 import trustme
 from attrs import frozen
 
@@ -44,3 +45,9 @@ class PrivateCa:
             part.write_to_path(str(paths.certificate), append=position > 0)
         issued.private_key_pem.write_to_path(str(paths.key))
         return paths
+
+
+@pytest.fixture(scope="session")
+def ca(tmp_path_factory: pytest.TempPathFactory) -> PrivateCa:
+    """One that no system knows."""
+    return PrivateCa(tmp_path_factory.mktemp("ca"))

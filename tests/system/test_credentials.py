@@ -7,61 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from initramfs.local_registry import LocalRegistry, local_registry
+from initramfs.local_registry import LocalRegistry
 from protocol import requests, responses
 from protocol.client import open_client
-from protocol.values import RegistryAuth
 from tests.support.certificates import PrivateCa
 from tests.support.execution import refusal
 from tests.support.images import Images
 from tests.support.machine import Machine, agent_alone
+from tests.support.private_registries import AUTH, WRONG
+from tests.support.process_tree import descendants
 from tests.support.proxy import http_proxy
-from tests.support.token_server import TokenServer, htpasswd, token_server
+from tests.support.token_server import TokenServer
 from tests.support.tools import ROOTFS, image_program
 
-AUTH = RegistryAuth("user", "correct horse")
-WRONG = RegistryAuth("user", "battery staple")
 PROXY_PASSWORD = "proxys-password"
-
-
-@pytest.fixture(scope="module")
-def ca(tmp_path_factory: pytest.TempPathFactory) -> PrivateCa:
-    return PrivateCa(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
-def with_password(
-    ca: PrivateCa, registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LocalRegistry]:
-    served = ca.issue("127.0.0.1")
-    with local_registry(
-        certificate=served.certificate,
-        key=served.key,
-        storage_dir=registry.storage_dir,
-        auth=htpasswd(tmp_path_factory.mktemp("htpasswd") / "htpasswd"),
-    ) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def tokens(ca: PrivateCa) -> Iterator[TokenServer]:
-    with token_server(ca.issue("127.0.0.1").context(), ca.issue("signer")) as server:
-        server.credentials = f"{AUTH.username}:{AUTH.password}"
-        yield server
-
-
-@pytest.fixture(scope="module")
-def with_tokens(
-    ca: PrivateCa, registry: LocalRegistry, tokens: TokenServer
-) -> Iterator[LocalRegistry]:
-    served = ca.issue("127.0.0.1")
-    with local_registry(
-        certificate=served.certificate,
-        key=served.key,
-        storage_dir=registry.storage_dir,
-        auth=tokens.registry_auth,
-    ) as server:
-        yield server
 
 
 @pytest.fixture
@@ -94,13 +53,20 @@ def forms(secret: str) -> set[bytes]:
     }
 
 
-async def test_credentials_and_tokens_are_in_no_log_and_no_file(
+def shown_in_proc(*pids: int) -> dict[str, bytes]:
+    """What anybody in the VM may read of processes."""
+    paths = [Path(f"/proc/{pid}/{what}") for pid in pids for what in ("cmdline", "environ")]
+    return {str(path): path.read_bytes() for path in paths}
+
+
+async def test_credentials_and_tokens_are_in_no_log_no_file_and_no_process_s_arguments(
     agent: Machine,
     with_password: LocalRegistry,
     with_tokens: LocalRegistry,
     tokens: TokenServer,
     images: Images,
 ) -> None:
+    tokens.credentials = f"{AUTH.username}:{AUTH.password}"
     name = images.multi_platform.reference.partition("/")[2]
     said = []
     with http_proxy() as proxy:
@@ -129,6 +95,7 @@ async def test_credentials_and_tokens_are_in_no_log_and_no_file(
     assert agent.console in searched
     assert any("oci/blobs" in str(path) for path in searched)
     texts = {str(path): path.read_bytes() for path in searched}
+    texts |= shown_in_proc(agent.pid, *descendants(agent.pid))
     texts["what hosts were told"] = "\n".join(said).encode()
     leaks = [where for where, text in texts.items() if any(secret in text for secret in secrets)]
     assert leaks == []

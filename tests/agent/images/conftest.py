@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from agent.images.claims import LayerClaims
+from agent.images.content_store import ContentStore
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
+from tests.agent.images.whole_storage import WholeStorage
 
 
 @pytest.fixture
@@ -31,3 +34,11 @@ def overlays(storage: Path, layers: LayerStore) -> Iterator[Overlays]:
     service = Overlays(storage, layers)
     yield service
     service.unmount_all()
+
+
+@pytest.fixture
+def whole(storage: Path, layers: LayerStore) -> Iterator[WholeStorage]:
+    claims = LayerClaims()
+    overlays = Overlays(storage, layers, claims)
+    yield WholeStorage(storage, ContentStore(storage), layers, overlays, claims)
+    overlays.unmount_all()

@@ -343,11 +343,6 @@ async def test_an_image_of_the_store_is_taken_where_neither_mirror_nor_registry_
 
 
 @pytest.fixture
-def ca(tmp_path: Path) -> PrivateCa:
-    return PrivateCa(tmp_path)
-
-
-@pytest.fixture
 def secure(ca: PrivateCa) -> Iterator[MisbehavingRegistry]:
     context = ca.issue("127.0.0.1").context()
     with misbehaving_registry(tls=context) as server:

@@ -22,11 +22,6 @@ AUTH = RegistryAuth("user", "correct horse")
 
 
 @pytest.fixture
-def ca(tmp_path: Path) -> PrivateCa:
-    return PrivateCa(tmp_path)
-
-
-@pytest.fixture
 def proxy() -> Iterator[Proxy]:
     with http_proxy() as server:
         yield server

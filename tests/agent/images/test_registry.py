@@ -1,22 +1,17 @@
 """The registry's side of a pull: what is asked, what is believed, what is said when it fails."""
 
-import json
 import socket
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
 from agent.images.manifest import Descriptor
 from agent.images.mirrored_registry import MirroredRegistry
-from agent.images.reference import Reference, parse_reference
+from agent.images.reference import parse_reference
 from agent.images.registries import RegistryError, RegistrySettings
-from initramfs.local_registry import LocalRegistry, local_registry
-from protocol.values import RegistryAuth
-from tests.support.certificates import PrivateCa
-from tests.support.layout import MANIFEST, Layout, digest_of, gzip_layer
+from tests.agent.images.asking import bearer, client_of, read
+from tests.support.layout import MANIFEST, gzip_layer
 from tests.support.misbehaving_registry import (
     Fault,
     MisbehavingRegistry,
@@ -28,10 +23,7 @@ from tests.support.misbehaving_registry import (
     stalled,
     status,
 )
-from tests.support.registry import push
 from tests.support.trees import archive, numbered
-
-AUTH = RegistryAuth("user", "correct horse")
 
 
 @pytest.fixture
@@ -41,136 +33,7 @@ def server() -> Iterator[MisbehavingRegistry]:
         yield registry
 
 
-def client_of(
-    server: MisbehavingRegistry,
-    *,
-    auth: RegistryAuth | None = None,
-    proxy: str | None = None,
-    no_proxy: str | None = None,
-) -> MirroredRegistry:
-    settings = RegistrySettings(insecure=frozenset({server.address}))
-    reference = parse_reference(server.reference())
-    return MirroredRegistry(reference, settings, auth, proxy=proxy, no_proxy=no_proxy)
-
-
-def read(client: MirroredRegistry, digest: str, offset: int = 0) -> bytes:
-    with client.open_blob(digest, 10_000_000, offset) as body:
-        assert body.offset == offset
-        return b"".join(body.blocks())
-
-
-@pytest.fixture(scope="module")
-def ca(tmp_path_factory: pytest.TempPathFactory) -> PrivateCa:
-    return PrivateCa(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
-def https(ca: PrivateCa) -> Iterator[LocalRegistry]:
-    served = ca.issue("127.0.0.1")
-    with local_registry(certificate=served.certificate, key=served.key) as registry:
-        yield registry
-
-
-def pushed(registry: LocalRegistry, directory: Path) -> Reference:
-    layout = Layout(directory / "layout")
-    layout.tag("latest", layout.add_manifest([gzip_layer(archive(numbered(1)))], {}))
-    return parse_reference(push(registry, layout.directory, "latest", "some/image"))
-
-
 # What is asked
-
-
-def test_a_registry_with_a_private_ca_is_trusted_where_the_configuration_names_it(
-    https: LocalRegistry, ca: PrivateCa, tmp_path: Path
-) -> None:
-    reference = pushed(https, tmp_path)
-    settings = RegistrySettings(ca_files={reference.registry: ca.path})
-    with MirroredRegistry(reference, settings, None) as client:
-        data, _ = client.get_manifest("latest")
-        assert client.head_manifest("latest") == digest_of(data)
-
-
-def test_a_registry_with_a_private_ca_is_not_trusted_otherwise(
-    https: LocalRegistry, ca: PrivateCa, tmp_path: Path
-) -> None:
-    reference = pushed(https, tmp_path)
-    others = RegistrySettings(ca_files={"registry.example": ca.path})
-    with (
-        MirroredRegistry(reference, others, None) as client,
-        pytest.raises(RegistryError, match=f"--registry-ca {reference.registry}=FILE") as failed,
-    ):
-        client.get_manifest("latest")
-    assert "is not trusted" in str(failed.value)
-    assert not failed.value.transient
-
-
-def test_a_certificate_that_is_out_of_date_is_told_with_the_machines_own_time(
-    ca: PrivateCa,
-) -> None:
-    """More often than not it is the clock that is wrong."""
-    yesterday = datetime.now(UTC) - timedelta(days=1)
-    context = ca.issue("127.0.0.1", not_after=yesterday).context()
-    with misbehaving_registry(tls=context) as server:
-        settings = RegistrySettings(ca_files={server.address: ca.path})
-        reference = parse_reference(server.reference())
-        clock = (
-            r"certificate has expired; this machine's clock says 20\d\d-\d\d-\d\d \d\d:\d\d UTC$"
-        )
-        with (
-            MirroredRegistry(reference, settings, None) as client,
-            pytest.raises(RegistryError, match=clock),
-        ):
-            client.get_manifest("latest")
-
-
-def test_a_certificate_of_another_host_is_refused(ca: PrivateCa) -> None:
-    with misbehaving_registry(tls=ca.issue("other.example").context()) as server:
-        settings = RegistrySettings(ca_files={server.address: ca.path})
-        reference = parse_reference(server.reference())
-        with (
-            MirroredRegistry(reference, settings, None) as client,
-            pytest.raises(RegistryError, match=r"is not trusted: .* '127\.0\.0\.1'"),
-        ):
-            client.get_manifest("latest")
-    assert not server.requests
-
-
-def test_a_ca_file_that_is_not_there_is_named(https: LocalRegistry, tmp_path: Path) -> None:
-    reference = pushed(https, tmp_path)
-    missing = tmp_path / "missing.pem"
-    settings = RegistrySettings(ca_files={reference.registry: missing})
-    with (
-        MirroredRegistry(reference, settings, None) as client,
-        pytest.raises(RegistryError, match=f"CA file {missing} .*No such file"),
-    ):
-        client.get_manifest("latest")
-
-
-def test_plain_http_is_spoken_only_to_registries_that_the_configuration_names(
-    server: MisbehavingRegistry,
-) -> None:
-    reference = parse_reference(server.reference())
-    with (
-        MirroredRegistry(reference, RegistrySettings(), None) as client,
-        pytest.raises(RegistryError, match=f"add --insecure-registry {server.address}") as failed,
-    ):
-        client.get_manifest("latest")
-    assert not failed.value.transient
-    assert not server.requests
-
-
-def test_https_is_never_left_for_plain_http_by_a_redirect(
-    ca: PrivateCa, server: MisbehavingRegistry
-) -> None:
-    with misbehaving_registry(tls=ca.issue("127.0.0.1").context()) as secure:
-        secure.misbehave("manifests/latest", redirect(f"http://{server.address}/v2/x"))
-        settings = RegistrySettings(ca_files={secure.address: ca.path})
-        with (
-            MirroredRegistry(parse_reference(secure.reference()), settings, None) as client,
-            pytest.raises(RegistryError, match="which is not HTTPS"),
-        ):
-            client.get_manifest("latest")
-    assert not server.requests
 
 
 def test_docker_io_is_asked_at_its_real_host(server: MisbehavingRegistry) -> None:
@@ -219,127 +82,6 @@ def test_the_environments_proxies_are_not_used(
         client.get_manifest("latest")
 
 
-# Credentials
-
-
-def test_a_token_is_got_for_anybody_where_the_registry_wants_one(
-    server: MisbehavingRegistry,
-) -> None:
-    server.authorization = "Bearer a-token"
-    server.challenge = bearer(server.address)
-    with client_of(server) as client:
-        client.get_manifest("latest")
-        client.get_manifest("latest")
-    paths = [request.path for request in server.requests]
-    assert paths == [
-        "manifests/latest",
-        "/token?service=the+service&scope=repository%3Atest%2Fimage%3Apull",
-        "manifests/latest",
-        "manifests/latest",
-    ]
-    assert "Authorization" not in server.requests[1].headers
-
-
-def test_an_expired_token_is_replaced(server: MisbehavingRegistry) -> None:
-    server.authorization, server.token = "Bearer first", "first"
-    server.challenge = bearer(server.address)
-    with client_of(server, auth=AUTH) as client:
-        client.get_manifest("latest")
-        server.authorization, server.token = "Bearer second", "second"
-        client.get_manifest("latest")
-    asked = [request for request in server.requests if request.path.startswith("/token")]
-    assert len(asked) == 2
-    assert {request.headers["Authorization"] for request in asked} == {BASIC}
-
-
-def test_credentials_are_given_to_a_registry_that_asks_for_them(
-    server: MisbehavingRegistry,
-) -> None:
-    server.authorization, server.challenge = BASIC, 'Basic realm="registry"'
-    with client_of(server, auth=AUTH) as client:
-        client.get_manifest("latest")
-    assert "Authorization" not in server.requests[0].headers
-
-
-def test_credentials_of_the_agents_own_home_are_not_used(
-    server: MisbehavingRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host = server.address
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password geheim\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    (tmp_path / ".docker").mkdir()
-    auths = {"auths": {host: {"auth": "dXNlcjpnZWhlaW0="}}}
-    (tmp_path / ".docker" / "config.json").write_text(json.dumps(auths))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("ORAS_USER", "user")
-    monkeypatch.setenv("ORAS_PASS", "geheim")
-    server.authorization, server.challenge = BASIC, 'Basic realm="registry"'
-    with client_of(server) as client, pytest.raises(RegistryError, match="it wants credentials"):
-        client.get_manifest("latest")
-    assert all("Authorization" not in request.headers for request in server.requests)
-
-
-def test_credentials_are_not_given_to_a_redirects_target(server: MisbehavingRegistry) -> None:
-    server.authorization, server.challenge = BASIC, 'Basic realm="registry"'
-    with misbehaving_registry() as elsewhere, client_of(server, auth=AUTH) as client:
-        digest = elsewhere.add_blob(b"content", "")["digest"]
-        client.get_manifest("latest")
-        target = f"http://{elsewhere.address}/v2/test/image/blobs/{digest}"
-        server.authorization = None
-        server.misbehave(f"blobs/{digest}", redirect(target), redirect(target))
-        assert read(client, digest) == b"content"
-        # Not even where it asks for them.
-        elsewhere.authorization, elsewhere.challenge = BASIC, 'Basic realm="elsewhere"'
-        with pytest.raises(RegistryError, match="401"):
-            read(client, digest)
-    assert server.requests[-1].headers["Authorization"] == BASIC
-    assert all("Authorization" not in request.headers for request in elsewhere.requests)
-
-
-def test_credentials_are_not_sent_over_plain_http_to_a_realm_elsewhere(
-    server: MisbehavingRegistry,
-) -> None:
-    server.authorization = "Bearer a-token"
-    server.challenge = bearer("localhost:1")
-    with (
-        client_of(server, auth=AUTH) as client,
-        pytest.raises(RegistryError, match="localhost:1/token', not HTTPS"),
-    ):
-        client.get_manifest("latest")
-
-
-def test_a_refused_token_is_told_in_the_token_servers_words(server: MisbehavingRegistry) -> None:
-    server.authorization, server.challenge = "Bearer a-token", bearer(server.address)
-    refused = status(401, {"errors": [{"code": "DENIED", "message": "wrong password"}]})
-    server.misbehave("/token", refused)
-    with (
-        client_of(server, auth=AUTH) as client,
-        pytest.raises(RegistryError, match="401 Unauthorized: DENIED: wrong password") as failed,
-    ):
-        client.get_manifest("latest")
-    assert not failed.value.transient
-    assert "the credentials were refused" in str(failed.value)
-    assert AUTH.password not in str(failed.value)
-
-
-def test_a_token_server_that_is_busy_may_be_asked_again(server: MisbehavingRegistry) -> None:
-    server.authorization, server.challenge = "Bearer a-token", bearer(server.address)
-    server.misbehave("/token", status(503))
-    with client_of(server) as client:
-        with pytest.raises(RegistryError, match="503") as failed:
-            client.get_manifest("latest")
-        assert failed.value.transient
-        client.get_manifest("latest")
-
-
-@pytest.mark.parametrize("answer", [b"[]", b"not json", b'{"token":5}', b'{"token":"a\\nb"}'])
-def test_an_answer_without_a_token_is_refused(answer: bytes, server: MisbehavingRegistry) -> None:
-    server.authorization, server.challenge = "Bearer a-token", bearer(server.address)
-    server.misbehave("/token", status(200, answer))
-    with client_of(server) as client, pytest.raises(RegistryError):
-        client.get_manifest("latest")
-
-
 # What is said
 
 
@@ -357,15 +99,6 @@ def test_a_refusal_is_told_in_the_registrys_own_words(
     assert f"{server.address} answered {code} " in str(failed.value)
     assert str(failed.value).endswith(": SOME_CODE: two lines")
     assert failed.value.transient is transient
-
-
-def test_credentials_that_are_wanted_are_asked_for(server: MisbehavingRegistry) -> None:
-    server.authorization, server.challenge = BASIC, 'Basic realm="registry"'
-    with (
-        client_of(server) as client,
-        pytest.raises(RegistryError, match=r"who are you\?: it wants credentials$"),
-    ):
-        client.get_manifest("latest")
 
 
 @pytest.mark.parametrize(
@@ -531,13 +264,3 @@ def test_what_waits_for_a_silent_registry_ends_at_once_when_aborted(
         assert failures or received == [b"x" * 5]
         with pytest.raises(RegistryError, match=r"abort|cancelled|hung up"):
             client.get_manifest("latest")
-
-
-def bearer(address: str) -> str:
-    return (
-        f'Bearer realm="http://{address}/token",service="the service",'
-        'scope="repository:test/image:pull"'
-    )
-
-
-BASIC = "Basic dXNlcjpjb3JyZWN0IGhvcnNl"

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from agent.images.registries import RegistrySettings
-from initramfs.local_registry import LocalRegistry, local_registry
-from protocol.values import RegistryAuth
+from initramfs.local_registry import LocalRegistry
 from tests.agent.images.pulling import Pulling, blob, noise
 from tests.support.certificates import PrivateCa
 from tests.support.images import Images
@@ -17,51 +16,8 @@ from tests.support.misbehaving_registry import (
     cut,
     misbehaving_registry,
 )
-from tests.support.token_server import TokenServer, htpasswd, token_server
-
-AUTH = RegistryAuth("user", "correct horse")
-WRONG = RegistryAuth("user", "battery staple")
-
-
-@pytest.fixture(scope="module")
-def ca(tmp_path_factory: pytest.TempPathFactory) -> PrivateCa:
-    return PrivateCa(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
-def with_password(
-    ca: PrivateCa, registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LocalRegistry]:
-    """The images of `registry`, by HTTPS and for one user."""
-    served = ca.issue("127.0.0.1")
-    with local_registry(
-        certificate=served.certificate,
-        key=served.key,
-        storage_dir=registry.storage_dir,
-        auth=htpasswd(tmp_path_factory.mktemp("htpasswd") / "htpasswd"),
-    ) as server:
-        yield server
-
-
-@pytest.fixture
-def tokens(ca: PrivateCa) -> Iterator[TokenServer]:
-    with token_server(ca.issue("127.0.0.1").context(), ca.issue("signer")) as server:
-        yield server
-
-
-@pytest.fixture
-def with_tokens(
-    ca: PrivateCa, registry: LocalRegistry, tokens: TokenServer
-) -> Iterator[LocalRegistry]:
-    """The images of `registry`, by HTTPS and for those with a token."""
-    served = ca.issue("127.0.0.1")
-    with local_registry(
-        certificate=served.certificate,
-        key=served.key,
-        storage_dir=registry.storage_dir,
-        auth=tokens.registry_auth,
-    ) as server:
-        yield server
+from tests.support.private_registries import AUTH, WRONG
+from tests.support.token_server import TokenServer
 
 
 def pulling_from(directory: Path, ca: PrivateCa, *hosts: str) -> Pulling:
