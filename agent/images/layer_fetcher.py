@@ -14,7 +14,8 @@ from agent.images.blob_store import WholeLayer
 from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore
 from agent.images.group_commit import GroupCommit
-from agent.images.layer import LayerError, LayerStore
+from agent.images.layer import LayerStore
+from agent.images.layer_build import LayerError
 from agent.images.layer_transfer import DamagedBlob, LayerTransfer, is_full_disk
 from agent.images.manifest import InvalidManifest
 from agent.images.progress import OnProgress, ProgressMeter, first_failure, telling

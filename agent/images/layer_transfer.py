@@ -12,7 +12,8 @@ import trio
 
 from agent.images.atomic_file import Naming
 from agent.images.blob_store import BlobStore, UnpackedLayer, WholeLayer
-from agent.images.layer import BuiltLayer, LayerBuild, LayerError, LayerStore
+from agent.images.layer import LayerStore
+from agent.images.layer_build import BuiltLayer, LayerBuild, LayerError
 from agent.images.partial_blob import PartialBlob
 from agent.images.persistence import Persistence
 from agent.images.registries import MirrorError, RegistryError

@@ -13,7 +13,8 @@ import trio
 from agent.errors import AgentError, failing_as
 from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore, NotWhole, StoredImage, Tag
-from agent.images.layer import LayerError, LayerStore
+from agent.images.layer import LayerStore
+from agent.images.layer_build import LayerError
 from agent.images.layer_fetcher import (
     LAYERS_AT_ONCE,
     DiskFullError,

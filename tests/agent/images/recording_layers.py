@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent.images.decompression import Decompression, DecompressionError
-from agent.images.layer import BuiltLayer, LayerError
+from agent.images.layer_build import BuiltLayer, LayerError
 
 
 class RecordingLayers:

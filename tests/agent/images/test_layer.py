@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from agent.images.erofs import Marks
-from agent.images.layer import LayerError, LayerStore
+from agent.images.layer import LayerStore
+from agent.images.layer_build import LayerError
 from agent.images.mkfs_erofs import MkfsErofs, MkfsError
 from agent.linux.mount import mount, umount2
 from tests.agent.images.building import PLAIN, build, digest_of

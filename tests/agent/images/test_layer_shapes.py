@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.images.layer import LayerError, LayerStore
+from agent.images.layer import LayerStore
+from agent.images.layer_build import LayerError
 from agent.images.tar_header import TarError
 from tests.agent.images.building import build, digest_of
 from tests.agent.images.rewriting import rewritten
