@@ -1,5 +1,8 @@
 """Pulls over time: what they tell, what they fetch again, and what one leaves the next."""
 
+import os
+from pathlib import Path
+
 import trio
 
 from initramfs.local_registry import LocalRegistry
@@ -8,8 +11,12 @@ from protocol.client import AgentClient, open_client
 from protocol.values import PullPlan
 from tests.support.execution import execute, pull, run
 from tests.support.images import Images
+from tests.support.layout import zstd_layer
 from tests.support.machine import Machine
+from tests.support.misbehaving_registry import MisbehavingRegistry
+from tests.support.proxy import http_proxy
 from tests.support.store import wrong_blobs
+from tests.support.tarballs import entry, tarball
 
 
 async def test_progress_counts_layers_and_bytes_and_never_falls(
@@ -92,6 +99,37 @@ async def test_mirrors_are_configured_by_files_in_the_machine(
     assert (await run(client, reference, "echo", "here")).stdout == b"here\n"
 
 
+async def test_a_pull_goes_through_the_proxy_that_it_names_but_for_the_hosts_that_it_lists(
+    registry: LocalRegistry, client: AgentClient, images: Images
+) -> None:
+    image = images.variant("proxied", {"Cmd": ["true"]}, images.noise_layer("proxied"))
+    with http_proxy() as proxy:
+        through = f"http://{proxy.address}"
+        around = requests.Pull(
+            image=image.reference, proxy=through, no_proxy=f"registry.invalid,{registry.address}"
+        )
+        await client.ask(around, responses.Ok)
+        assert proxy.requests == []
+        await client.ask(requests.Pull(image=image.reference, proxy=through), responses.Ok)
+        [asked] = proxy.requests
+        assert asked.startswith(f"HEAD http://{registry.address}/v2/proxied/manifests/")
+
+
+async def test_a_pull_takes_no_more_memory_for_larger_layers(
+    machine: Machine, client: AgentClient, misbehaving: MisbehavingRegistry
+) -> None:
+    """What it has in memory of a layer are some blocks, of whatever there is in it."""
+    peaks = []
+    for noise_mib, zeros_mib in ((1, 1), (1, 1), (40, 100)):
+        noise = entry("noise", os.urandom(noise_mib << 20))
+        tar = tarball(noise, entry("zeros", bytes(zeros_mib << 20)))
+        misbehaving.add_image("memory", [zstd_layer(tar)])
+        forget_peak(machine.agent_pid())
+        await pull(client, misbehaving.reference("memory"))
+        peaks.append(peak_bytes(machine.agent_pid()))
+    assert peaks[2] - peaks[1] < 20 << 20, peaks
+
+
 async def test_a_tag_that_moved_is_pulled_anew(client: AgentClient, images: Images) -> None:
     first = images.variant("moving", {"Cmd": ["echo", "first"]})
     assert (await pull(client, first.reference))["cmd"] == ["echo", "first"]
@@ -149,3 +187,15 @@ def fetched(registry: LocalRegistry) -> list[str]:
     """The registry's log lines of what agents asked for; skopeo's own are not among them."""
     lines = registry.access_log.read_text().splitlines()
     return [line for line in lines if line.endswith('"innkeep"')]
+
+
+def forget_peak(pid: int) -> None:
+    """proc_pid_clear_refs(5)"""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that a process has had resident since then."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(kib) << 10
