@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from agent import logs
 from agent.config import AgentConfig
 from agent.errors import AgentError
 from agent.gate import Gate
+from agent.hangup import HangupWatch
 from agent.introspection import Introspection
 from agent.server import serve
 from agent.session import converse, pong
@@ -38,6 +39,7 @@ STEPS_TO_A_PONG = 8
 OpenServices = Callable[
     [AgentConfig, Path | None, Introspection], "AbstractAsyncContextManager[Services]"
 ]
+ServeWorkload = Callable[[Sequence[socket.socket], HangupWatch, "Services"], Awaitable[None]]
 
 
 def run(
@@ -89,6 +91,8 @@ async def _live(
         open_services = await trio.to_thread.run_sync(_import_services)
         try:
             async with open_services(config, cgroup_root, introspection) as services:
+                # Storage and network come up meanwhile, which is mostly other processes' work.
+                await trio.to_thread.run_sync(_import_handlers)
                 gate.open(services)
                 steps["services"] = uptime_s()
                 if config.refusal is not None:
@@ -96,8 +100,7 @@ async def _live(
                     for each in workload_listeners:
                         each.close()
                 elif workload_listeners:
-                    from agent.workload_sessions.ports import serve_workload
-
+                    serve_workload = await trio.to_thread.run_sync(_import_workload_ports)
                     nursery.start_soon(serve_workload, workload_listeners, hangups, services)
                 if config.in_image or config.host_sockets:
                     from agent.doorbell import ring_doorbell
@@ -114,13 +117,22 @@ async def _live(
 
 
 def _import_services() -> OpenServices:
-    # The handlers too, so that the first request finds them.
-    import agent.handlers
-    import agent.workload_sessions.ports
     from agent.services import open_services
 
-    assert agent.handlers.HANDLERS
     return open_services
+
+
+def _import_handlers() -> None:
+    # For the first request to find them.
+    import agent.handlers
+
+    assert agent.handlers.HANDLERS
+
+
+def _import_workload_ports() -> ServeWorkload:
+    from agent.workload_sessions.ports import serve_workload
+
+    return serve_workload
 
 
 async def _stop_on_signal(

@@ -6,13 +6,13 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
 from agent.bridges import Bridges, open_bridges
 from agent.config import AgentConfig
-from agent.diagnostics import Diagnostics
 from agent.errors import AgentError, cause_of, failing_as
 from agent.files.journal import Journal
 from agent.gate import Gate
@@ -29,7 +29,7 @@ from agent.images.puller import Puller
 from agent.images.registries import RegistrySettings
 from agent.images.registry_hosts import problems
 from agent.introspection import Introspection
-from agent.machine.versions import IMAGE_VERSIONS, KnownVersions
+from agent.later import Later
 from agent.network import links
 from agent.network.host import Host
 from agent.network.probe import Probe
@@ -39,10 +39,13 @@ from agent.processes.oom_protection import OomProtection
 from agent.processes.service import Processes, open_processes
 from agent.processes.shares import Shares
 from agent.processes.standing import StandingContainers
-from agent.statistics import Statistics
 from agent.storage.disk import Disk
 from protocol import requests
 from protocol.errors import ErrorCode
+
+if TYPE_CHECKING:
+    from agent.diagnostics import Diagnostics
+    from agent.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +88,8 @@ class Services:
     roots: GuestRoots
     images: Gate[Images]
     network: Gate[None]
-    statistics: Statistics
-    diagnostics: Diagnostics
+    statistics: Later[Statistics]
+    diagnostics: Later[Diagnostics]
     shares: Shares = attrs.field(factory=Shares)
     probe: Probe = attrs.field(factory=Probe)
     stopped: trio.Event = attrs.field(factory=trio.Event)
@@ -257,6 +260,29 @@ async def open_services(
             images: Gate[Images] = Gate()
             network: Gate[None] = Gate()
             agent_cgroup = CGROUP_OF_AGENT if config.in_image else None
+
+            def make_statistics() -> Statistics:
+                from agent.statistics import Statistics
+
+                return Statistics(processes, standing, agent_cgroup)
+
+            def make_diagnostics() -> Diagnostics:
+                from agent.diagnostics import Diagnostics
+                from agent.machine.versions import IMAGE_VERSIONS, KnownVersions
+
+                return Diagnostics(
+                    introspection=introspection or Introspection(),
+                    disk=disk,
+                    images=images,
+                    network=network,
+                    processes=processes,
+                    standing=standing,
+                    versions=KnownVersions(
+                        config.crun, config.mkfs_erofs, IMAGE_VERSIONS if config.in_image else None
+                    ),
+                    agent_cgroup=agent_cgroup,
+                )
+
             services = Services(
                 config=config,
                 disk=disk,
@@ -268,19 +294,8 @@ async def open_services(
                 roots=GuestRoots(images, standing, disk.workspace, journal),
                 images=images,
                 network=network,
-                statistics=Statistics(processes, standing, agent_cgroup),
-                diagnostics=Diagnostics(
-                    introspection=introspection or Introspection(),
-                    disk=disk,
-                    images=images,
-                    network=network,
-                    processes=processes,
-                    standing=standing,
-                    versions=KnownVersions(
-                        config.crun, config.mkfs_erofs, IMAGE_VERSIONS if config.in_image else None
-                    ),
-                    agent_cgroup=agent_cgroup,
-                ),
+                statistics=Later(make_statistics),
+                diagnostics=Later(make_diagnostics),
             )
             nursery.start_soon(services.roots.keep_clean)
             nursery.start_soon(_bring_up_at_boot, services)

@@ -1,4 +1,4 @@
-"""How long a VM takes from QEMU's start until its agent listens, and until it has answered.
+"""How long a VM takes from QEMU's start until its agent listens, has answered, has everything up.
 
 The reference is the same image on the same machine, with busybox's shell in the place of init
 (``init=/bin/sh``): no Python, and nothing mounted after the root. Rounds are interleaved. Times
@@ -27,6 +27,8 @@ AGENT_PORT = 6000
 PROBE_INTERVAL_S = 0.005
 PROBE_LIMIT_S = 0.1
 MARKER = "a bare shell"
+# What the agent logs as it rings at its host's doorbell.
+UP = '"ready '
 BARE_SHELL = f'init=/bin/sh -- -c "echo {MARKER}; sleep 1000"'
 PING = encode_frame(encode(requests.Ping()))
 
@@ -70,8 +72,9 @@ def boot_to_shell(folder: Path) -> float:
         )
 
 
-def boot_to_agent(folder: Path) -> tuple[float, float]:
-    """Seconds until the agent's port takes a connection, and until a ping on it is answered."""
+def boot_to_agent(folder: Path) -> tuple[float, float, float]:
+    """Seconds until the agent's port takes a connection, until a ping on it is answered, and until
+    storage and network are up as well."""
     with booting(folder) as console:
         host: socket.socket | None = None
 
@@ -86,8 +89,13 @@ def boot_to_agent(folder: Path) -> tuple[float, float]:
             host.sendall(PING)
             decoder = FrameDecoder()
             while decoder.next_frame() is None:
-                decoder.receive_data(host.recv(4096))
-            return listening, seconds_until(console, lambda: True)
+                data = host.recv(4096)
+                if not data:
+                    raise ConnectionError(f"the agent hung up; see {console}")
+                decoder.receive_data(data)
+            answered = seconds_until(console, lambda: True)
+        up = seconds_until(console, lambda: UP in console.read_text(errors="replace"))
+        return listening, answered, up
 
 
 def _connect(path: Path) -> socket.socket | None:
@@ -125,18 +133,17 @@ def _child_named(pid: int, name: str) -> int | None:
 
 def measure(rootfs: Path) -> None:
     """Print the medians."""
-    shell, listening, ready = [], [], []
+    shell, starts = [], []
     for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as folder:
             shell.append(boot_to_shell(Path(folder)))
         with tempfile.TemporaryDirectory() as folder:
-            first, second = boot_to_agent(Path(folder))
-            listening.append(first)
-            ready.append(second)
+            starts.append(boot_to_agent(Path(folder)))
     bare = statistics.median(shell)
     print(f"bare busybox shell           {bare:7.2f} s")
-    for name, times in (("listening", listening), ("first pong", ready)):
+    names = ("listening", "first pong", "everything up")
+    for name, times in zip(names, zip(*starts, strict=True), strict=True):
         median = statistics.median(times)
-        print(f"QEMU's start to {name:12} {median:7.2f} s    {median / bare:5.2f} times bare")
+        print(f"QEMU's start to {name:13} {median:6.2f} s    {median / bare:5.2f} times bare")
     size = (rootfs.parent / "initramfs.cpio").stat().st_size
     print(f"initramfs                    {size / 1e6:7.1f} MB")

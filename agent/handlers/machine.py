@@ -61,14 +61,16 @@ async def network_test(
 async def vm_stats(
     request: requests.VmStats, channel: Channel, services: Services
 ) -> AgentResponse:
+    statistics = await services.statistics.value()
     with failing_as(ErrorCode.STATUS_FAILED, "read what the VM uses"):
-        return responses.Ok(await services.statistics.read())
+        return responses.Ok(await statistics.read())
 
 
 async def diagnose(
     request: requests.Diagnose, channel: Channel, services: Services
 ) -> AgentResponse:
-    return responses.Ok(await services.diagnostics.diagnose())
+    diagnostics = await services.diagnostics.value()
+    return responses.Ok(await diagnostics.diagnose())
 
 
 async def shutdown(

@@ -43,7 +43,7 @@ async def services(tmp_path: Path) -> AsyncIterator[Services]:
 async def test_a_part_that_does_not_end_is_missing_and_the_others_are_there(
     services: Services, tmp_path: Path
 ) -> None:
-    diagnostics = attrs.evolve(services.diagnostics, limit_s=0.5)
+    diagnostics = attrs.evolve(await services.diagnostics.value(), limit_s=0.5)
     with trio.fail_after(10):
         diagnosis = await diagnostics.diagnose()
     assert diagnosis.versions is None
@@ -63,14 +63,14 @@ async def test_where_there_are_no_cgroups_that_is_said_and_no_failure(
         nursery.start_soon(
             trio.to_thread.run_sync, (tmp_path / "released").write_text, "crun version 1.0\n"
         )
-        diagnosis = await services.diagnostics.diagnose()
+        diagnosis = await (await services.diagnostics.value()).diagnose()
     assert (diagnosis.cgroups, diagnosis.running) == (None, None)
     causes = {each.part: each.cause for each in diagnosis.missing}
     assert causes["cgroups"] == causes["running"] == "commands have no cgroups here"
     assert causes["versions.erofs_utils"].startswith("No such file or directory")
     assert diagnosis.versions is not None
     assert diagnosis.versions.crun == "1.0"
-    stats = await services.statistics.read()
+    stats = await (await services.statistics.value()).read()
     assert (stats.workloads, stats.containers, stats.commands) == (None, (), ())
     assert Missing("workloads", "commands have no cgroups here") in stats.missing
 

@@ -1,0 +1,26 @@
+"""A part that is made when it is first asked for, because the agent's start can do without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+
+class Later(Generic[T]):
+    """Made once, by a function that may import what it needs, in a thread."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: list[T] = []
+        self._turn = trio.Lock()
+
+    async def value(self) -> T:
+        """The part; raises what making it raises, and then the next one to ask tries again."""
+        async with self._turn:
+            if not self._made:
+                self._made.append(await trio.to_thread.run_sync(self._make))
+        return self._made[0]
