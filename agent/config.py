@@ -45,6 +45,8 @@ class AgentConfig:
     storage_dir: Path = Path("/storage")
     storage_device: str | None = None
     storage_in_memory: bool = False
+    root_error: str | None = None
+    """Why changes to the VM's root are not kept on the disk that is there for them."""
     run_dir: Path = Path("/run/innkeep")
     insecure_registries: frozenset[str] = frozenset()
     registry_ca_files: Mapping[str, Path] = attrs.field(factory=dict)
@@ -98,6 +100,7 @@ class AgentConfig:
             settings = {"hosts_dir": DEFAULT_HOSTS_DIR, **_fields(given), **_storage(given)}
             settings.update(workload=_workload(given), uplink=_uplink(given))
             settings["ready_marker"] = environ.get("SMOLVM_READY_MARKER") or ".smolvm-ready"
+            settings["root_error"] = environ.get("INNKEEP_ROOT_ERROR")
         except ConfigError as error:
             # Not gone by in part: what is missing may be what keeps a workload from the world.
             refusal = f"boot configuration: {error}"
@@ -137,6 +140,9 @@ def _fields(given: Mapping[str, Given]) -> dict[str, Any]:
 
 def _storage(given: Mapping[str, Given]) -> dict[str, Any]:
     storage = given.get("storage", Given("innkeep.storage", "memory"))
+    root = given.get("root")
+    if root is not None and root.text == storage.text:
+        raise ConfigError(f"{root.name}={root.text}: that is the storage disk, expected another")
     if storage.text.startswith("/"):
         return {"storage_device": storage.text}
     if storage.text == "memory":

@@ -40,6 +40,7 @@ from agent.processes.service import Processes, open_processes
 from agent.processes.shares import Shares
 from agent.processes.standing import StandingContainers
 from agent.storage.disk import Disk
+from agent.storage.root_disk import RootDisk
 from protocol import requests
 from protocol.errors import ErrorCode
 
@@ -208,6 +209,8 @@ class Services:
 
     def _let_storage_go(self) -> None:
         steps = [self.disk.let_go]
+        if self.config.in_image:
+            steps.append(RootDisk().let_go)
         if self.images.is_open:
             images = self.images.value
             steps = [images.overlays.unmount_all, images.layers.unmount_all, *steps]
@@ -230,6 +233,8 @@ async def open_services(
     """
     limits, protection = None, None
     with ExitStack() as held:
+        if config.root_error is not None:
+            log.error("root: %s; changes to / are kept in memory", config.root_error)
         if config.in_image:
             limits = Limits.inspect(
                 memory=config.workload_memory,

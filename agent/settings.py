@@ -79,6 +79,12 @@ SETTINGS: tuple[Setting, ...] = (
         default="`memory`",
     ),
     Setting(
+        key="root",
+        meaning="the disk that keeps the changes to the VM's root, by its device, see below; read "
+        "by init",
+        default="memory",
+    ),
+    Setting(
         key="run_dir",
         flag="--run-dir",
         metavar="DIR",
@@ -242,10 +248,13 @@ assert {s.key for s in SETTINGS if s.key.startswith("workload.")} == {
     f"workload.{key}" for key in WORKLOAD_KEYS
 }
 
-# Of programs that are not the agent: the client's, the image build's, and where the words are.
+# What init tells the agent, and what the client, the image's build and the tests are told.
 _VARIABLES_OF_OTHERS = frozenset(
     f"{VARIABLE_PREFIX}{name}"
-    for name in ("CMDLINE", "CONNECT", "DEBIAN_MIRROR", "ROUNDS", "SEED", "TOKEN_FILE")
+    for name in (
+        *("CMDLINE", "ROOT_ERROR"),
+        *("CONNECT", "DEBIAN_MIRROR", "ROUNDS", "SEED", "TOKEN_FILE"),
+    )
 )
 
 

@@ -62,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         help="a disk image, made if it is missing, or a directory (a VM's is its storage.img); "
         "without one, images go with the machine",
     )
+    option(
+        "--root-disk",
+        type=Path,
+        metavar="FILE",
+        help="a disk image, made if it is missing, that keeps the changes to a VM's own root; "
+        "without one, they go with the VM",
+    )
     option("--memory", type=_size, default="1G", metavar="SIZE", help="default: 1G")
     option("--cpus", type=int, metavar="N", help="default: 2, emulated 1")
     option(
@@ -135,6 +142,8 @@ async def _in_namespaces(options: argparse.Namespace, scratch: Path) -> AsyncIte
         raise BootError(
             "namespaces have no virtiofs, --share is for VMs: name a directory where a tag would be"
         )
+    if options.root_disk:
+        raise BootError("namespaces have no disks: --root-disk is for VMs")
     rootfs: Path = options.image / "rootfs"
     if not (rootfs / "init").exists():
         raise BootError(f"no image in {options.image}: run `make image`")
@@ -176,7 +185,7 @@ async def _in_vm(
     except FileNotFoundError as error:
         raise BootError(f"no image in {options.image}: run `make image`") from error
     architecture = ARCHITECTURES[manifest["architecture"]]
-    disk = _disk(options.storage)
+    disk, root_disk = _disk(options.storage), _disk(options.root_disk)
     hardware = qemu.Hardware(
         architecture=architecture,
         kind=choice.kind,
@@ -185,11 +194,13 @@ async def _in_vm(
         # Emulated ones take turns on one thread, and only cost each other time.
         cpus=options.cpus or (2 if choice.kind is Kind.KVM else 1),
         disk=disk,
+        root_disk=root_disk,
         token_file=_token_file(options.token_file),
         # Machine-wide, as process ids are; 0 to 2 have meanings of their own.
         cid=3 + os.getpid(),
         words=boot_words(
             "memory" if disk is None else "/dev/vda",
+            root=None if root_disk is None else "/dev/vda" if disk is None else "/dev/vdb",
             network=Network(),
             insecure_registries=options.insecure_registry,
             more=options.append,
@@ -244,7 +255,7 @@ def _token_file(path: Path | None) -> Path | None:
 
 
 def _disk(storage: Path | None) -> Path | None:
-    """A VM's disk, made if there is none yet."""
+    """A disk of a VM, made if there is none yet."""
     if storage is None:
         return None
     disk = storage / "storage.img" if storage.is_dir() else storage

@@ -85,14 +85,14 @@ def build(architecture: Architecture, output: Path) -> None:
     locked = lock.read_lock(architecture.name)
     base_key = _digest([lock.lock_path(architecture.name), *_FOUNDATIONS])
     sources = [path for name in tree.OUR_PACKAGES for path in (tree.PROJECT / name).rglob("*.py")]
-    parts = [FOLDER / name for name in ("init", "run_agent.py", "cpio.py")]
+    parts = [FOLDER / name for name in ("init", *tree.LAUNCHERS, "cpio.py")]
     key = _digest([*parts, *sources], base_key)
     if _is_built(output, key):
         print(f"{output} is up to date")
         return
     base = output / "cache" / f"base-{architecture.name}"
     if not _has_key(base, base_key):
-        _build_base(architecture, locked, output / "cache", base)
+        _build_base(architecture, locked, output / "cache", base, base_key)
         (base / "key").write_text(base_key)
     print("building the image", flush=True)
     (output / "manifest.json").unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def build(architecture: Architecture, output: Path) -> None:
         versions = {"image": key, **{it.name: it.version for it in locked["image"]}}
         tree.write_versions(agent, versions)
         tree.settle(agent, locked.epoch)
-        write_erofs(programs, agent, agent_image, locked.epoch)
+        write_erofs(programs, agent, agent_image, locked.epoch, key)
         for part in (base / "rootfs", agent):
             shutil.copytree(part, rootfs, symlinks=True, dirs_exist_ok=True)
         tree.settle(rootfs, locked.epoch)
@@ -120,7 +120,9 @@ def build(architecture: Architecture, output: Path) -> None:
     print(f"built {output}: initramfs.cpio has {size / 1e6:.1f} MB")
 
 
-def _build_base(architecture: Architecture, locked: Lock, cache: Path, base: Path) -> None:
+def _build_base(
+    architecture: Architecture, locked: Lock, cache: Path, base: Path, key: str
+) -> None:
     """Make what the agent's own code does not change: `rootfs/` and its image, and the kernel."""
     if base.exists():
         shutil.rmtree(base)
@@ -150,7 +152,7 @@ def _build_base(architecture: Architecture, locked: Lock, cache: Path, base: Pat
     tree.precompile(programs, root, [root / "usr/lib/python3.13", root / tree.HOME])
     tree.settle(root, locked.epoch)
     print("compressing", flush=True)
-    write_erofs(programs, root, base / "base.erofs", locked.epoch)
+    write_erofs(programs, root, base / "base.erofs", locked.epoch, key)
 
 
 def _check_machine() -> None:

@@ -42,8 +42,12 @@ def write_initramfs(
         partial.replace(initramfs)
 
 
-def write_erofs(programs: Programs, tree: Path, image: Path, epoch: int) -> None:
-    """Write a tree as a compressed EROFS image, with the image's own mkfs.erofs."""
-    name = uuid.uuid5(uuid.NAMESPACE_OID, f"innkeep {image.name} {epoch}")
+def write_erofs(programs: Programs, tree: Path, image: Path, epoch: int, key: str) -> None:
+    """Write a tree as a compressed EROFS image, with the image's own mkfs.erofs.
+
+    `key` changes with the contents. So does the image's id then, by which overlayfs tells that an
+    upper directory was made above other ones.
+    """
+    name = uuid.uuid5(uuid.NAMESPACE_OID, f"innkeep {image.name} {key}")
     options = [*_EROFS_OPTIONS, f"-T{epoch}", f"-U{name}", "--all-root", "--quiet"]
     programs.run("usr/bin/mkfs.erofs", *options, image, tree)

@@ -95,13 +95,17 @@ class Network:
 def boot_words(
     storage: str,
     *,
+    root: str | None = None,
     listen: str | None = None,
     network: Network | None = None,
     insecure_registries: Iterable[str] = (),
     more: Sequence[str] = (),
 ) -> list[str]:
-    """The boot configuration for init and the agent; `storage` is a device, `dir` or `memory`."""
+    """The boot configuration for init and the agent; `storage` is a device, `dir` or `memory`,
+    `root` the device that keeps the root's changes."""
     words = [f"innkeep.storage={storage}"]
+    if root is not None:
+        words.append(f"innkeep.root={root}")
     if listen is not None:
         words.append(f"innkeep.listen={listen}")
     if registries := ",".join(insecure_registries):

@@ -49,7 +49,8 @@ class Share:
 class Hardware:
     """A machine to be made.
 
-    `disk` is a raw disk image or None; `vsock_socket` is the descriptor of a connection to
+    `disk` and `root_disk` are raw disk images or None, and in the guest /dev/vda, and /dev/vdb or
+    the first where there is no other; `vsock_socket` is the descriptor of a connection to
     vhost-device-vsock, or None where the kernel's own vhost-vsock is used, with `cid`.
     """
 
@@ -60,6 +61,7 @@ class Hardware:
     cpus: int
     words: Sequence[str]
     disk: Path | None = None
+    root_disk: Path | None = None
     cid: int = 3
     vsock_socket: int | None = None
     shares: Sequence[Share] = ()
@@ -102,9 +104,10 @@ def command_line(hardware: Hardware) -> list[str]:
         argv += ["-device", "vhost-user-vsock-pci,chardev=vsock"]
     else:
         argv += ["-device", f"vhost-vsock-pci,guest-cid={hardware.cid}"]
-    if hardware.disk is not None:
-        drive = f"if=none,id=storage,format=raw,discard=unmap,file={_value(str(hardware.disk))}"
-        argv += ["-drive", drive, "-device", "virtio-blk-pci,drive=storage"]
+    for name, disk in (("storage", hardware.disk), ("root", hardware.root_disk)):
+        if disk is not None:
+            drive = f"if=none,id={name},format=raw,discard=unmap,file={_value(str(disk))}"
+            argv += ["-drive", drive, "-device", f"virtio-blk-pci,drive={name}"]
     if hardware.token_file is not None:
         argv += ["-fw_cfg", f"name=opt/innkeep/token,file={_value(str(hardware.token_file))}"]
     for number, share in enumerate(hardware.shares):

@@ -13,8 +13,10 @@ from initramfs.programs import PYTHON, Programs
 HOME = "usr/lib/innkeep"
 PROJECT = Path(__file__).parents[1]
 OUR_PACKAGES = ("agent", "protocol")
+LAUNCHERS = ("run_agent.py", "open_root_disk.py")
 _FOLDERS = {
     "dev": 0o755,
+    "mnt/root": 0o700,
     "mnt/virtiofs": 0o755,
     "proc": 0o555,
     "root": 0o700,
@@ -125,7 +127,8 @@ def write_agent(programs: Programs, root: Path) -> None:
         # The command line is the host's.
         ignored = shutil.ignore_patterns("__pycache__", "cli")
         shutil.copytree(PROJECT / name, home / name, ignore=ignored)
-    shutil.copyfile(PROJECT / "initramfs/run_agent.py", home / "run_agent.py")
+    for name in LAUNCHERS:
+        shutil.copyfile(PROJECT / "initramfs" / name, home / name)
     shutil.copyfile(PROJECT / "initramfs/init", root / "init")
     (root / "init").chmod(0o755)
     precompile(programs, root, [home / name for name in OUR_PACKAGES])

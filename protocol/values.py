@@ -125,13 +125,17 @@ class OverlayInfo:
 
 @attrs.frozen
 class StorageStatus:
-    """The storage; ``ready`` means mounted and usable."""
+    """The storage; ``ready`` means mounted and usable.
+
+    ``root_error``: why changes to the VM's root are not kept on the disk that is there for them.
+    """
 
     ready: bool
     total_bytes: U64
     used_bytes: U64
     layer_count: U64
     image_count: U64
+    root_error: str | None = attrs.field(default=None, metadata=OMITTED)
 
 
 @attrs.frozen

@@ -43,6 +43,7 @@ OURS: dict[str, tuple[str, ...]] = {
     # A machine of namespaces is made of the agent's own system calls.
     "initramfs.namespaces": ("initramfs", "agent.linux", "agent.processes.cgroup"),
     "initramfs.run_agent": ("agent.__main__",),
+    "initramfs.open_root_disk": ("agent.storage.root_disk",),
 }
 
 # A package of others -> the only modules that may import it.

@@ -21,7 +21,12 @@ async def storage_status(
         # Why it is not is in the log, and in the answer of each request that needs it.
         return responses.Ok(
             values.StorageStatus(
-                ready=False, total_bytes=0, used_bytes=0, layer_count=0, image_count=0
+                ready=False,
+                total_bytes=0,
+                used_bytes=0,
+                layer_count=0,
+                image_count=0,
+                root_error=services.config.root_error,
             )
         )
     with failing_as(ErrorCode.STATUS_FAILED, f"measure {services.config.storage_dir}"):
@@ -34,6 +39,7 @@ async def storage_status(
             used_bytes=usage.used_bytes,
             layer_count=len({layer.diff_id for image in stored for layer in image.layers}),
             image_count=len(stored),
+            root_error=services.config.root_error,
         )
     )
 

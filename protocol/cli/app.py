@@ -149,6 +149,7 @@ def status(context: typer.Context) -> None:
             "used": f"{decimal(storage.used_bytes)} of {decimal(storage.total_bytes)}",
             "images": str(storage.image_count),
             "layers": str(storage.layer_count),
+            **({"root": f"in memory: {storage.root_error}"} if storage.root_error else {}),
         }
     )
 

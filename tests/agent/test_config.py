@@ -44,6 +44,13 @@ def test_in_namespaces_the_same_words_come_from_the_environment() -> None:
     assert not config.storage_in_memory
 
 
+def test_init_tells_why_the_root_is_in_memory_and_that_is_no_setting() -> None:
+    said = "mount /dev/vdb: it holds swap"
+    environ = {"INNKEEP_ROOT_ERROR": said}
+    config = AgentConfig.from_boot("innkeep.root=/dev/vdb", environ, [])
+    assert (config.root_error, config.problems) == (said, ())
+
+
 def test_without_a_named_disk_storage_lives_in_memory() -> None:
     config = AgentConfig.from_boot("quiet", {}, [])
     assert config.storage_device is None
@@ -88,6 +95,10 @@ def test_mirrors_are_found_where_containerd_has_them_below_our_own_name_or_elsew
     ("word", "expected"),
     [
         ("innkeep.hosts_dir=certs.d", "expected a path that begins with /"),
+        (
+            "innkeep.storage=/dev/vda innkeep.root=/dev/vda",
+            "innkeep.root=/dev/vda: that is the storage disk, expected another",
+        ),
         ("innkeep.storage=vda", "innkeep.storage=vda: expected a device, 'memory' or 'dir'"),
         ("innkeep.ip=10.0.2", "innkeep.ip=10.0.2: "),
         ("innkeep.vsock_peers=host", "innkeep.vsock_peers=host: "),
