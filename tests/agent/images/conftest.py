@@ -1,4 +1,4 @@
-"""Fixtures for layers and overlays: real ones, in the tests' own mount namespace."""
+"""Fixtures for layers and overlays: real ones, in the tests' own mount namespace; and for pulls."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,11 @@ from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
+from agent.images.registries import RegistrySettings
+from initramfs.local_registry import LocalRegistry
+from tests.agent.images.pulling import Pulling
 from tests.agent.images.whole_storage import WholeStorage
+from tests.support.misbehaving_registry import MisbehavingRegistry, misbehaving_registry
 
 
 @pytest.fixture
@@ -42,3 +46,17 @@ def whole(storage: Path, layers: LayerStore) -> Iterator[WholeStorage]:
     overlays = Overlays(storage, layers, claims)
     yield WholeStorage(storage, ContentStore(storage), layers, overlays, claims)
     overlays.unmount_all()
+
+
+@pytest.fixture
+def server() -> Iterator[MisbehavingRegistry]:
+    """A registry of one test's own, which it may have misbehave."""
+    with misbehaving_registry() as registry:
+        yield registry
+
+
+@pytest.fixture
+def pulling(tmp_path: Path, registry: LocalRegistry, server: MisbehavingRegistry) -> Pulling:
+    """A store that pulls from that, and from the real registry."""
+    insecure = frozenset({registry.address, server.address})
+    return Pulling(tmp_path / "storage", RegistrySettings(insecure=insecure))

@@ -1,6 +1,7 @@
 """A store in a directory and pulls into it, without EROFS."""
 
 import hashlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,8 @@ class Pulling:
             for path in (oci / part).rglob("*")
             if path.is_file()
         }
+
+
+async def event(happened: threading.Event) -> None:
+    """Wait for what another thread sets."""
+    assert await trio.to_thread.run_sync(happened.wait, 10)
