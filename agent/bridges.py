@@ -13,7 +13,7 @@ import trio
 
 from agent.config import AgentConfig
 from agent.errors import AgentError, cause_of
-from agent.network import dns_filter, links, ssh_agent
+from agent.network import dns_filter, resolv_conf, ssh_agent
 from agent.network.host import Host
 from agent.processes.command import Bind
 
@@ -41,7 +41,8 @@ def open_bridges(
         if config.in_image:
             # Nobody else is asked, even when it cannot be started.
             try:
-                links.use_nameservers([ipaddress.ip_address(dns_filter.ADDRESS)])
+                address = ipaddress.ip_address(dns_filter.ADDRESS)
+                resolv_conf.use(resolv_conf.resolv_conf([address]))
             except AgentError as error:
                 log.error("dns filter: %s", error.message)
         try:

@@ -8,7 +8,7 @@ is the arguments, and behind these the environment. All spellings are in agent/s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,20 +16,13 @@ import attrs
 
 from agent import config_values as values
 from agent.bootwords import DEFAULT_LISTEN, kernel_words
-from agent.config_values import Address, ConfigError, Interface
+from agent.config_values import ConfigError
+from agent.launcher_network import from_launcher
+from agent.network.uplink_config import UplinkConfig
 from agent.settings import SETTINGS, Given, from_environment, from_words, misspelt
 from agent.workload_config import WorkloadConfig
 
 DEFAULT_HOSTS_DIR = Path("/etc/innkeep/certs.d")
-
-
-@attrs.frozen
-class Uplink:
-    """The VM's own address on its one network interface, as the boot configuration gives it."""
-
-    address: Interface
-    gateway: Address | None
-    nameservers: tuple[Address, ...]
 
 
 @attrs.frozen(kw_only=True)
@@ -61,7 +54,10 @@ class AgentConfig:
     """The file in a shared root that tells of the VM's readiness."""
     dns_filter: bool = False
     """Whether names are resolved by the host alone."""
-    uplink: Uplink | None = None
+    uplink: UplinkConfig | None = None
+    """None: the VM's network is as it should be already."""
+    uplink_error: str | None = None
+    """Why it cannot be what it was to be."""
     workload_memory: int | Literal["max"] | None = None
     """Bytes for all workloads together; this and the next two: by the VM's size where None."""
     workload_pids: int | Literal["max"] | None = None
@@ -94,11 +90,12 @@ class AgentConfig:
             return cls._from_arguments(environ, argv)
         words = kernel_words(environ.get("INNKEEP_CMDLINE", cmdline))
         problems = misspelt(words, environ)
-        given = {**from_environment(environ), **from_words(words)}
+        given = {**from_launcher(environ), **from_environment(environ), **from_words(words)}
         listen = given["listen"].text if "listen" in given else DEFAULT_LISTEN
         try:
             settings = {"hosts_dir": DEFAULT_HOSTS_DIR, **_fields(given), **_storage(given)}
-            settings.update(workload=_workload(given), uplink=_uplink(given))
+            settings.update(workload=_workload(given), **_network(given))
+            problems += filter(None, [settings.get("uplink_error")])
             settings["ready_marker"] = environ.get("SMOLVM_READY_MARKER") or ".smolvm-ready"
             settings["root_error"] = environ.get("INNKEEP_ROOT_ERROR")
         except ConfigError as error:
@@ -163,16 +160,31 @@ def _workload(given: Mapping[str, Given]) -> WorkloadConfig:
     return WorkloadConfig(**settings)
 
 
-def _uplink(given: Mapping[str, Given]) -> Uplink | None:
-    if "ip" not in given:
-        return None
-    gateways = _addresses(given, "gateway")
-    return Uplink(
-        address=values.interface(given["ip"].name, given["ip"].text),
-        gateway=gateways[0] if gateways else None,
-        nameservers=_addresses(given, "dns"),
-    )
+def _network(given: Mapping[str, Given]) -> dict[str, Any]:
+    """The uplink; or why there is none, which is no more than a VM without a network."""
+    found = [key for key in ("ip", *_OF_UPLINK) if key in given]
+    if not found:
+        return {}
+    try:
+        settings = {
+            field: read(given[key].name, given[key].text)
+            for key, (field, read) in _OF_UPLINK.items()
+            if key in given
+        }
+        if "ip" in given:
+            dhcp, addresses = values.interfaces(given["ip"].name, given["ip"].text)
+            settings.update(dhcp=dhcp, addresses=addresses)
+        return {"uplink": UplinkConfig(**settings)}
+    except ConfigError as error:
+        return {"uplink_error": str(error)}
+    except ValueError as error:
+        # It is at odds with itself.
+        return {"uplink_error": f"{', '.join(given[key].name for key in found)}: {error}"}
 
 
-def _addresses(given: Mapping[str, Given], key: str) -> tuple[Address, ...]:
-    return values.addresses(given[key].name, given[key].text) if key in given else ()
+_OF_UPLINK: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
+    "gateway": ("gateways", values.addresses),
+    "dns": ("nameservers", values.addresses),
+    "mac": ("mac", values.mac),
+    "mtu": ("mtu", values.mtu),
+}

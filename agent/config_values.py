@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from agent.network.uplink_config import Address, Interface
+
 T = TypeVar("T")
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -18,9 +20,6 @@ _UNITS: Mapping[str, int] = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 # The least that IPv4 allows (RFC 791), and the most that its packets can have.
 _MTU = range(68, 65536)
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 
 class ConfigError(ValueError):
@@ -92,8 +91,14 @@ def addresses(name: str, value: str) -> tuple[Address, ...]:
     return tuple(_read(name, each, ipaddress.ip_address) for each in value.split(",") if each)
 
 
-def interface(name: str, value: str) -> Interface:
-    return _read(name, value, ipaddress.ip_interface)
+def interfaces(name: str, value: str) -> tuple[bool, tuple[Interface, ...]]:
+    """Whether ``dhcp`` is among them, and the addresses with their prefix lengths."""
+    words = [word for word in value.split(",") if word]
+    for word in words:
+        if word != "dhcp" and "/" not in word:
+            raise ConfigError(f"{name}={word}: expected an address like 10.0.2.15/24, or 'dhcp'")
+    addresses = (word for word in words if word != "dhcp")
+    return "dhcp" in words, tuple(_read(name, each, ipaddress.ip_interface) for each in addresses)
 
 
 def mac(name: str, value: str) -> str:

@@ -32,6 +32,7 @@ from agent.processes.standing import StandingContainers
 from agent.storage.disk import Disk
 from agent.storage.usage import Usage, usage_of
 from agent.uptime import uptime_s
+from agent.vm_network import VmNetwork
 from protocol.machine import (
     AgentCondition,
     Boot,
@@ -64,7 +65,7 @@ class Diagnostics:
     introspection: Introspection
     disk: Disk
     images: Gate[Any]
-    network: Gate[None]
+    network: VmNetwork
     processes: Processes
     standing: StandingContainers
     versions: KnownVersions
@@ -105,8 +106,9 @@ class Diagnostics:
             disks=parts.told("disks"),
             mounts=parts.told("mounts"),
             network=NetworkCondition(
-                ready=self.network.is_open,
-                error=_failure(self.network),
+                ready=self.network.gate.is_open,
+                error=_failure(self.network.gate),
+                problems=self.network.problems,
                 interfaces=parts.told("network.interfaces"),
                 routes=parts.told("network.routes"),
                 resolv_conf=parts.told("network.resolv_conf"),
@@ -151,7 +153,7 @@ class Diagnostics:
         steps = {
             **self.introspection.steps,
             "storage": self.images.decided_s,
-            "network": self.network.decided_s,
+            "network": self.network.gate.decided_s,
         }
         done = sorted((at_s, name) for name, at_s in steps.items() if not math.isnan(at_s))
         return Boot(

@@ -30,7 +30,6 @@ from agent.images.registries import RegistrySettings
 from agent.images.registry_hosts import problems
 from agent.introspection import Introspection
 from agent.later import Later
-from agent.network import links
 from agent.network.host import Host
 from agent.network.probe import Probe
 from agent.processes.container import ContainerRuntime
@@ -41,6 +40,7 @@ from agent.processes.shares import Shares
 from agent.processes.standing import StandingContainers
 from agent.storage.disk import Disk
 from agent.storage.root_disk import RootDisk
+from agent.vm_network import VmNetwork
 from protocol import requests
 from protocol.errors import ErrorCode
 
@@ -88,7 +88,7 @@ class Services:
     bridges: Bridges
     roots: GuestRoots
     images: Gate[Images]
-    network: Gate[None]
+    vm_network: VmNetwork
     statistics: Later[Statistics]
     diagnostics: Later[Diagnostics]
     shares: Shares = attrs.field(factory=Shares)
@@ -102,6 +102,11 @@ class Services:
     def is_stopping(self) -> bool:
         """Whether a shutdown has begun: nothing new is started."""
         return self._stopping
+
+    @property
+    def network(self) -> Gate[None]:
+        """Open once the VM has a network."""
+        return self.vm_network.gate
 
     def refuse_new_work(self, kind: type) -> None:
         """Raise for new work once a shutdown has begun, or where the configuration cannot be gone
@@ -177,26 +182,6 @@ class Services:
         if freed_bytes >= _WORTH_TRIMMING_BYTES:
             self.processes.lifetime.start_soon(trio.to_thread.run_sync, self.disk.trim)
 
-    async def bring_up_network(self) -> None:
-        """Configure the VM's interface, where the boot configuration says how; else it is as it
-        should be already. What fails is logged, and told to those who wait at the gate."""
-        uplink = self.config.uplink
-        try:
-            if uplink is not None:
-                await trio.to_thread.run_sync(links.bring_up, uplink.address, uplink.gateway)
-                if uplink.nameservers and not self.config.dns_filter:
-                    await trio.to_thread.run_sync(links.use_nameservers, uplink.nameservers)
-            self.network.open(None)
-        except AgentError as error:
-            log.error("network: %s", error.message)
-            self.network.fail(error)
-        except Exception as error:
-            # A VM whose network is broken is best mended through the agent that serves on vsock.
-            log.exception("network: internal error")
-            self.network.fail(
-                AgentError(ErrorCode.INTERNAL_ERROR, f"configure the network: {cause_of(error)}")
-            )
-
     async def stop(self) -> None:
         """End all work, write everything back and let the disk go, so that power may be cut.
 
@@ -205,6 +190,7 @@ class Services:
         self._stopping = True
         await self.standing.end_idle()
         await self.processes.stop_all(STOP_GRACE_S)
+        await self.vm_network.end()
         await trio.to_thread.run_sync(self._let_storage_go)
 
     def _let_storage_go(self) -> None:
@@ -263,7 +249,7 @@ async def open_services(
                 WORKSPACE_MOUNT if config.in_image else None,
             )
             images: Gate[Images] = Gate()
-            network: Gate[None] = Gate()
+            vm_network = VmNetwork.of(config)
             agent_cgroup = CGROUP_OF_AGENT if config.in_image else None
 
             def make_statistics() -> Statistics:
@@ -279,7 +265,7 @@ async def open_services(
                     introspection=introspection or Introspection(),
                     disk=disk,
                     images=images,
-                    network=network,
+                    network=vm_network,
                     processes=processes,
                     standing=standing,
                     versions=KnownVersions(
@@ -298,13 +284,13 @@ async def open_services(
                 bridges=bridges,
                 roots=GuestRoots(images, standing, disk.workspace, journal),
                 images=images,
-                network=network,
+                vm_network=vm_network,
                 statistics=Later(make_statistics),
                 diagnostics=Later(make_diagnostics),
             )
             nursery.start_soon(services.roots.keep_clean)
             nursery.start_soon(_bring_up_at_boot, services)
-            nursery.start_soon(services.bring_up_network)
+            nursery.start_soon(services.vm_network.run)
             yield services
             nursery.cancel_scope.cancel()
 

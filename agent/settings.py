@@ -124,10 +124,13 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         key="ip",
-        meaning="the address of the VM's network interface with its prefix length, see below",
+        meaning="the addresses of the VM's network interface, each with its prefix length, IPv4 "
+        "and IPv6, comma-separated; `dhcp`: one is a DHCP server's. See below",
     ),
-    Setting(key="gateway", meaning="the default route's, see below"),
-    Setting(key="dns", meaning="name servers, comma-separated, see below"),
+    Setting(key="gateway", meaning="the default routes', one of a family, comma-separated"),
+    Setting(key="dns", meaning="name servers, comma-separated"),
+    Setting(key="mac", meaning="the interface is the one with this address", default="the first"),
+    Setting(key="mtu", meaning="the interface's, in bytes", default="the interface's own"),
     Setting(
         key="hostname",
         meaning="the VM's name; read by init",

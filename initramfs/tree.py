@@ -156,5 +156,5 @@ def settle(root: Path, epoch: int) -> None:
     for path in (root, *root.rglob("*")):
         os.chown(path, 0, 0, follow_symlinks=False)
         if (root / HOME) in path.parents and not path.is_symlink():
-            path.chmod(0o755 if path.is_dir() else 0o644)
+            path.chmod(0o755 if path.is_dir() or path.suffix == ".sh" else 0o644)
         os.utime(path, (epoch, epoch), follow_symlinks=False)

@@ -255,10 +255,12 @@ class Route:
 
 @attrs.frozen(kw_only=True)
 class NetworkCondition:
-    """``error`` is what the set-up at boot failed with, if it did."""
+    """``error`` is why there is no network, where there is none; ``problems`` are what cannot be
+    had of its configuration, also where there is one."""
 
     ready: bool
     error: str | None
+    problems: tuple[str, ...]
     interfaces: tuple[Interface, ...] | None
     routes: tuple[Route, ...] | None
     resolv_conf: str | None

@@ -170,12 +170,14 @@ class HttpRequest:
 
 @attrs.frozen
 class NetworkReport:
-    """How far the VM gets on its way to a URL. ``ok`` is whether all the way."""
+    """How far the VM gets on its way to a URL. ``ok`` is whether all the way; ``problems`` are what
+    cannot be had of the network's configuration."""
 
     ok: bool
     dns: NameResolution
     tcp: TcpConnect
     http: HttpRequest
+    problems: tuple[str, ...] = attrs.field(default=(), metadata=OMITTED)
 
 
 @attrs.frozen(kw_only=True)

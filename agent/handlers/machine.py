@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import trio
 
 from agent.channel import Channel
@@ -61,7 +62,8 @@ async def network_test(
 ) -> AgentResponse:
     # Also where it could not be brought up: the report says what that means.
     await services.network.decided()
-    return responses.Ok(await services.probe.report(request.url))
+    report = await services.probe.report(request.url)
+    return responses.Ok(attrs.evolve(report, problems=services.vm_network.problems))
 
 
 async def vm_stats(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from agent.errors import cause_of
 from agent.processes.command import Bind
+
+log = logging.getLogger(__name__)
 
 _HOSTS: Sequence[str] = ("127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback")
 
@@ -27,6 +31,25 @@ def write_network_files(directory: Path, hostname: str) -> list[Bind]:
         file.write_text(text, encoding="utf-8")
         file.chmod(0o644)  # for every user of the container, whatever our umask
     return [Bind(str(directory / name), f"/etc/{name}") for name in texts]
+
+
+def renew_resolv_conf(run_dir: Path, before: str, text: str) -> None:
+    """Give the VM's new resolv.conf to the containers that run, whose files are below ``run_dir``:
+    to those that have the one from before, and not one of their own.
+
+    Theirs is a mount of the file, which therefore is written over and not replaced. Blocks. What
+    fails is logged.
+    """
+    for copy in run_dir.glob("*/*/resolv.conf"):
+        try:
+            with copy.open("r+", encoding="utf-8", errors="replace") as file:
+                if file.read() == before:
+                    file.seek(0)
+                    file.write(text)
+                    file.truncate()
+        except OSError as error:
+            # It may have ended meanwhile.
+            log.info("renew %s: %s", copy, cause_of(error))
 
 
 def hosts_file(of_vm: str, hostname: str) -> str:

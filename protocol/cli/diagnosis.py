@@ -89,6 +89,8 @@ def _storage(storage: StorageCondition) -> Iterator[str]:
 
 def _network(network: NetworkCondition) -> Iterator[str]:
     yield "ready" if network.error is None else f"not ready: {network.error}"
+    if network.error is None:
+        yield from network.problems
     for link in network.interfaces or ():
         state = ("up" if link.carrier else "up, no carrier") if link.up else "down"
         addresses = "".join(f" {address}" for address in link.addresses)

@@ -125,6 +125,8 @@ def print_network_report(report: NetworkReport) -> None:
         ("http", http.duration_ms, http.error or f"status {http.status}"),
     ):
         print(f"{name:<8} {duration_ms:>5} ms  {outcome}")
+    for problem in report.problems:
+        print(f"network: {problem}")
 
 
 def short_digest(digest: str) -> str:

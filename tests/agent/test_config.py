@@ -10,6 +10,7 @@ import pytest
 from agent.bootwords import kernel_words, listen_argument
 from agent.config import AgentConfig
 from agent.config_values import ConfigError
+from agent.network.uplink_config import UplinkConfig
 from agent.settings import SETTINGS, Setting
 from agent.workload_config import WorkloadConfig
 
@@ -30,10 +31,11 @@ def test_the_kernels_command_line_configures_the_agent_of_a_vm() -> None:
     assert config.storage_device == "/dev/vda"
     assert config.insecure_registries == {"10.0.2.2:5000", "r:80"}
     assert config.vsock_peers == {1}
-    assert config.uplink is not None
-    assert config.uplink.address == ipaddress.ip_interface("10.0.2.15/24")
-    assert config.uplink.gateway == ipaddress.ip_address("10.0.2.2")
-    assert config.uplink.nameservers == (ipaddress.ip_address("10.0.2.3"),)
+    assert config.uplink == UplinkConfig(
+        addresses=(ipaddress.ip_interface("10.0.2.15/24"),),
+        gateways=(ipaddress.ip_address("10.0.2.2"),),
+        nameservers=(ipaddress.ip_address("10.0.2.3"),),
+    )
 
 
 def test_in_namespaces_the_same_words_come_from_the_environment() -> None:
@@ -100,7 +102,6 @@ def test_mirrors_are_found_where_containerd_has_them_below_our_own_name_or_elsew
             "innkeep.root=/dev/vda: that is the storage disk, expected another",
         ),
         ("innkeep.storage=vda", "innkeep.storage=vda: expected a device, 'memory' or 'dir'"),
-        ("innkeep.ip=10.0.2", "innkeep.ip=10.0.2: "),
         ("innkeep.vsock_peers=host", "innkeep.vsock_peers=host: "),
         ("innkeep.insecure_registry=http://r", "expected HOST:PORT, without a scheme"),
         ("innkeep.registry_ca=r:5000", "expected HOST:PORT=FILE"),
@@ -300,6 +301,93 @@ def row(setting: Setting) -> str:
     if setting.launcher:
         cells[1] += f", `{setting.launcher}`"
     return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
+
+
+LAUNCHED = {
+    "SMOLVM_NETWORK_BACKEND": "virtio-net",
+    "SMOLVM_NETWORK_GUEST_IP": "10.0.2.15",
+    "SMOLVM_NETWORK_GATEWAY": "10.0.2.2",
+    "SMOLVM_NETWORK_PREFIX_LEN": "24",
+    "SMOLVM_NETWORK_GUEST_MAC": "02:53:4D:00:00:02",
+    "SMOLVM_NETWORK_DNS": "10.0.2.2",
+}
+LAUNCHED_6 = {
+    "SMOLVM_NETWORK_GUEST_IP6": "fd53:4d00::2",
+    "SMOLVM_NETWORK_GATEWAY6": "fd53:4d00::1",
+    "SMOLVM_NETWORK_PREFIX_LEN6": "64",
+}
+
+
+def test_the_launcher_describes_the_network_in_its_own_words() -> None:
+    def of(environ: Mapping[str, str], words: str = "") -> UplinkConfig | None:
+        config = AgentConfig.from_boot(words, environ, [])
+        assert config.problems == ()
+        return config.uplink
+
+    four = UplinkConfig(
+        addresses=(ipaddress.ip_interface("10.0.2.15/24"),),
+        gateways=(ipaddress.ip_address("10.0.2.2"),),
+        nameservers=(ipaddress.ip_address("10.0.2.2"),),
+        mac="02:53:4d:00:00:02",
+    )
+    assert of(LAUNCHED) == four
+    assert of({**LAUNCHED, **LAUNCHED_6}) == attrs.evolve(
+        four,
+        addresses=(*four.addresses, ipaddress.ip_interface("fd53:4d00::2/64")),
+        gateways=(*four.gateways, ipaddress.ip_address("fd53:4d00::1")),
+    )
+    assert of({**LAUNCHED, "SMOLVM_NETWORK_BACKEND": "tsi"}) is None
+    assert of({**LAUNCHED, "SMOLVM_NETWORK_BACKEND": ""}) is None
+    only_names = UplinkConfig(nameservers=four.nameservers)
+    assert of({**LAUNCHED, "SMOLVM_NETWORK_SETUP": "preconfigured"}) == only_names
+    assert of(LAUNCHED, "innkeep.dns=10.0.2.3") == attrs.evolve(
+        four, nameservers=(ipaddress.ip_address("10.0.2.3"),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "uplink"),
+    [
+        ("innkeep.ip=dhcp", UplinkConfig(dhcp=True)),
+        (
+            "innkeep.ip=dhcp,fd00::2/64 innkeep.mtu=1400",
+            UplinkConfig(dhcp=True, addresses=(ipaddress.ip_interface("fd00::2/64"),), mtu=1400),
+        ),
+        (
+            "innkeep.dns=10.0.2.3,fd00::3",
+            UplinkConfig(
+                nameservers=(ipaddress.ip_address("10.0.2.3"), ipaddress.ip_address("fd00::3"))
+            ),
+        ),
+        ("innkeep.ip= innkeep.gateway=", UplinkConfig()),
+    ],
+)
+def test_the_network_is_said_in_a_few_words(words: str, uplink: UplinkConfig) -> None:
+    assert AgentConfig.from_boot(words, {}, []).uplink == uplink
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("innkeep.ip=10.0.2.15", "innkeep.ip=10.0.2.15: expected an address like 10.0.2.15/24"),
+        ("innkeep.ip=10.0.2/24", "innkeep.ip=10.0.2/24: "),
+        ("innkeep.ip=dhcp innkeep.gateway=gw", "innkeep.gateway=gw: "),
+        ("innkeep.ip=10.0.2.15/24 innkeep.gateway=fd00::1", "no address of its family"),
+        ("innkeep.ip=10.0.2.15/24 innkeep.gateway=10.0.2.2,10.0.2.3", "two gateways of one family"),
+        ("innkeep.ip=fd00::2/64 innkeep.mtu=1000", "IPv6 needs an MTU of 1280 bytes, 1000 is less"),
+        ("innkeep.mtu=67", "innkeep.mtu=67: expected a number of bytes from 68 to 65535"),
+        ("innkeep.mac=01:00:5e:00:00:01", "expected the address of one like 52:54:00:12:34:56"),
+        ("innkeep.mac=eth0", "innkeep.mac=eth0: expected the address of one"),
+    ],
+)
+def test_a_network_that_cannot_be_is_none_and_everything_else_is_there(
+    words: str, expected: str
+) -> None:
+    config = AgentConfig.from_boot(f"{words} innkeep.storage=dir", {}, [])
+    (problem,) = config.problems
+    assert expected in problem
+    assert (config.uplink, config.uplink_error, config.refusal) == (None, problem, None)
+    assert not config.storage_in_memory
 
 
 def test_no_two_settings_are_spelt_alike() -> None:

@@ -179,6 +179,7 @@ DIAGNOSIS = of.Diagnosis(
     network=of.NetworkCondition(
         ready=False,
         error="configure the network: no interface",
+        problems=("eth0: mtu 1: too small",),
         interfaces=(
             of.Interface(
                 name="eth0",

@@ -21,6 +21,7 @@ LOOPBACK_IN_VM = "10.0.2.2"  # what QEMU's user network calls this machine's loo
 
 
 _IN_OWN_NETWORK = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+_ON_LINK = 'nsenter --net="/proc/$0/ns/net" ip link set eth0 netns "$$" && exec "$@"'
 
 
 @frozen
@@ -94,6 +95,7 @@ def booted(
     storage_mib: int | None = None,
     in_memory: bool = False,
     in_own_network: bool = False,
+    linked_to: int | None = None,
     insecure_registries: Sequence[str] = (),
     options: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
@@ -102,7 +104,8 @@ def booted(
 
     `kind`, `options` and `env` are for `initramfs.boot`. With `storage_mib` the storage
     directory is a file system of that size, seen by the machine only; `in_memory` gives it none.
-    `in_own_network`: a machine of namespaces has a loopback of its own, and nothing else.
+    `in_own_network`: a machine of namespaces has a loopback of its own, and nothing else; with
+    `linked_to` also the eth0 of that process's network (see Router).
     Blocks until the agent has answered a ping. Raises CommandError with the end of the console
     where it does not.
     """
@@ -113,7 +116,8 @@ def booted(
         storage.mkdir(exist_ok=True)
     argv = [
         *(_on_small_disk(storage, storage_mib) if storage_mib is not None else ()),
-        *(_IN_OWN_NETWORK if in_own_network else ()),
+        *(_IN_OWN_NETWORK if in_own_network or linked_to is not None else ()),
+        *(("sh", "-c", _ON_LINK, str(linked_to)) if linked_to is not None else ()),
         sys.executable,
         "-m",
         "initramfs.boot",
