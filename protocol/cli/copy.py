@@ -32,6 +32,13 @@ from protocol.values import FileInfo
 
 _NEEDED: Final = frozenset({"file-resume-v1", "file-mtime-v1", "file-tree-v1", "tar-stream-v1"})
 _KINDS: Final = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
+_WORDS: Final = {
+    "fifo": "a fifo",
+    "socket": "a socket",
+    "block": "a block device",
+    "char": "a character device",
+    "symlink": "a link whose target is not UTF-8",
+}
 _USAGE: Final = 2
 
 
@@ -117,7 +124,7 @@ async def _copy_in(
         parent, _, name = where.rpartition("/")
         _remark(await upload.tree(upload.source(path, name, follow=False), parent or "/"))
     else:
-        raise CommandFailed(f"{source} is {kind}: no file, directory or link", FAILED)
+        raise CommandFailed(f"{source} is {kind}, which is not copied", FAILED)
 
 
 async def _copy_out(
@@ -149,7 +156,7 @@ async def _copy_out(
     elif info.kind == "symlink" and info.target is not None and not info.escaped:
         _make_link(where, info.target)
     else:
-        raise CommandFailed(f"{source} is {info.kind}: no file, directory or link", FAILED)
+        raise CommandFailed(f"{source} is {_WORDS[info.kind]}, which is not copied", FAILED)
 
 
 def _kind(path: Path, *, follow: bool) -> str | None:

@@ -295,12 +295,22 @@ async def test_a_terminal_shows_a_bar_that_goes_away_and_a_pipe_does_not(
 async def test_what_the_agent_has_against_it_is_told_in_a_line(
     machine: Machine, client: AgentClient, place: str, here: Path
 ) -> None:
-    await shell(client, f"mkdir -p {place}/full/file/below; mknod {place}/null c 1 3")
+    made = ("mkdir -p full/file/below", "mknod null c 1 3", "mkfifo fifo", r"ln -s $'\xff' link")
+    await shell(client, f"cd {place} && {' && '.join(made)}")
     (here / "tree").mkdir()
     make_file(here / "tree/file")
     said = await refused(machine, f"{here}/tree/.", f"vm:{place}/full")
     assert "file: Cannot open" in said
-    assert "is char" in await refused(machine, f"vm:{place}/null", here / "x")
+    for name, words in (
+        ("null", "a character device"),
+        ("fifo", "a fifo"),
+        ("link", "a link whose target is not UTF-8"),
+    ):
+        said = await refused(machine, f"vm:{place}/{name}", here / "x")
+        assert f"{name} is {words}, which is not copied" in said
+    os.mkfifo(here / "pipe")
+    said = await refused(machine, here / "pipe", f"vm:{place}/x")
+    assert "is a device, fifo or socket, which is not copied" in said
     assert "'..'" in await refused(machine, "vm:/tmp/../etc", here)
     assert "no-such" in await refused(machine, "--overlay", "no-such", "vm:/etc", here)
 
