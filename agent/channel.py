@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import TypeVar
 
-from agent.connection import Connection
-from protocol import AgentRequest, AgentResponse, Envelope, decode, encode
+from agent.connection import THREADED_BYTES, Connection
+from protocol import (
+    AgentRequest,
+    AgentResponse,
+    Envelope,
+    decode,
+    encode,
+    frame_in_pieces,
+    frame_pieces,
+    responses,
+)
 from protocol.errors import MalformedMessage
 
 Message = TypeVar("Message")
@@ -31,7 +41,29 @@ class Channel:
         Raises:
             PeerGone: there is nobody to hear it.
         """
-        await self._connection.send(encode(response))
+        if (
+            isinstance(response, responses.DataChunk)
+            and self.sends_in_pieces
+            and len(response.data) >= THREADED_BYTES
+        ):
+            await self.send_each(each for each in (response,))
+        else:
+            await self._connection.send(encode(response))
+
+    @property
+    def sends_in_pieces(self) -> bool:
+        """Whether a large frame is many small sends, which are a thread's: vsock."""
+        return self._connection.piece_bytes is not None
+
+    async def send_each(self, answers: Generator[AgentResponse]) -> None:
+        """Send what a generator gives, which is run and closed in the thread that sends: so large
+        data waits for no other thread, and is encoded piece by piece as it goes.
+
+        For a channel that ``sends_in_pieces``. Raises what the generator raises, and as ``send``.
+        """
+        piece_bytes = self._connection.piece_bytes
+        assert piece_bytes is not None
+        await self._connection.send_in_thread(_pieces(answers, piece_bytes))
 
     def widen(self) -> None:
         """Make room for large answers, of which there will be many."""
@@ -99,3 +131,11 @@ class Channel:
             except MalformedMessage:
                 continue
         return held
+
+
+def _pieces(answers: Generator[AgentResponse], piece_bytes: int) -> Generator[bytes | memoryview]:
+    with closing(answers):
+        for answer in answers:
+            yield from frame_in_pieces(answer, piece_bytes) or frame_pieces(
+                encode(answer), piece_bytes
+            )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 
+import outcome
 import trio
 
 from protocol.constants import VSOCK_SEND_SIZE
@@ -46,7 +47,8 @@ class Connection:
         self._decoder = FrameDecoder()
         if peer.family == socket.AF_VSOCK:
             piece_bytes = VSOCK_SEND_SIZE
-        self._piece_bytes = piece_bytes
+        self.piece_bytes = piece_bytes
+        """The most that one call may send, where that is limited."""
         self.on_stall: Callable[[], None] | None = None
         """Called whenever a send has to wait for the peer."""
 
@@ -123,10 +125,10 @@ class Connection:
             FrameTooLarge: the payload is above MAX_FRAME_SIZE; nothing was sent.
             PeerGone: the connection broke.
         """
-        if self._piece_bytes is not None:
-            pieces = frame_pieces(payload, self._piece_bytes)
+        if self.piece_bytes is not None:
+            pieces = frame_pieces(payload, self.piece_bytes)
             if len(payload) >= THREADED_BYTES:
-                await self._send_in_thread(pieces)
+                await self.send_in_thread(piece for piece in pieces)
             else:
                 for piece in pieces:
                     await self._send_all(piece)
@@ -145,6 +147,45 @@ class Connection:
         if sent < len(header) + len(payload):
             await self._send_all(memoryview(payload)[sent - len(header) :])
 
+    async def send_in_thread(self, pieces: Generator[bytes | memoryview]) -> None:
+        """Send frames that come in pieces, which are made and sent in a thread, and waited for.
+
+        As ``send``; cancelled, it ends the connection, and then the thread, which may wait for the
+        peer. ``pieces`` is closed.
+
+        Raises:
+            PeerGone: the connection broke.
+            Exception: what the making of a piece raises.
+        """
+        ended = False
+
+        def send() -> None:
+            with closing(pieces):
+                for piece in pieces:
+                    try:
+                        self.socket.sendall(piece)
+                    except OSError as error:
+                        raise PeerGone(str(error)) from error
+
+        async def shut_when_cancelled() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                if not ended:
+                    with suppress(OSError):
+                        self.socket.shutdown(socket.SHUT_RDWR)
+
+        if self.on_stall is not None:
+            self.on_stall()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(shut_when_cancelled)
+            result = await trio.to_thread.run_sync(
+                outcome.capture, send, limiter=trio.CapacityLimiter(1)
+            )
+            ended = True
+            nursery.cancel_scope.cancel()
+        result.unwrap()
+
     async def _send_all(self, data: bytes | memoryview) -> None:
         left = memoryview(data)
         while left:
@@ -156,25 +197,6 @@ class Connection:
                 await trio.lowlevel.wait_writable(self.socket)
             except OSError as error:
                 raise PeerGone(str(error)) from error
-
-    async def _send_in_thread(self, pieces: list[bytes | memoryview]) -> None:
-        def send() -> None:
-            for piece in pieces:
-                self.socket.sendall(piece)
-
-        if self.on_stall is not None:
-            self.on_stall()
-        try:
-            await trio.to_thread.run_sync(
-                send, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
-            )
-        except trio.Cancelled:
-            # The connection is of no use any more, and the thread may wait for a peer's credit.
-            with suppress(OSError):
-                self.socket.shutdown(socket.SHUT_RDWR)
-            raise
-        except OSError as error:
-            raise PeerGone(str(error)) from error
 
     async def _fill(self) -> bool:
         """Take what arrives next into the decoder; False at the end of the stream."""

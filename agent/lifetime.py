@@ -125,8 +125,10 @@ def _import_services() -> OpenServices:
 def _import_handlers() -> None:
     # For the first request to find them.
     import agent.handlers
+    from protocol.base64_path import choose_base64_path
 
     assert agent.handlers.HANDLERS
+    log.debug("base64: %s", choose_base64_path())
 
 
 def _import_workload_ports() -> ServeWorkload:

@@ -12,7 +12,14 @@ imported from here.
 from typing import TYPE_CHECKING
 
 from protocol import requests, responses
-from protocol.codec import Envelope, decode, decode_value, encode, request_id_of
+from protocol.codec import (
+    Envelope,
+    decode,
+    decode_value,
+    encode,
+    frame_in_pieces,
+    request_id_of,
+)
 from protocol.constants import MAX_FRAME_SIZE, PROTOCOL_VERSION, Cid, Port
 from protocol.errors import ErrorCode, FrameTooLarge, MalformedMessage, ProtocolError
 from protocol.framing import FrameDecoder, encode_frame, frame_pieces
@@ -42,6 +49,7 @@ __all__ = [
     "decode_value",
     "encode",
     "encode_frame",
+    "frame_in_pieces",
     "frame_pieces",
     "request_id_of",
     "requests",

@@ -6,7 +6,7 @@ agent's start does not need it.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, get_args
 
 import attrs
@@ -159,6 +159,17 @@ def encode(message: "Message", trace_id: str | None = None) -> bytes:
         return orjson.dumps(members, default=_unstructure_value)
     except orjson.JSONEncodeError as error:
         raise ProtocolError(f"{wire_name(variant)} cannot be written as JSON: {error}") from None
+
+
+def frame_in_pieces(message: "Message", piece_size: int) -> Iterator[bytes] | None:
+    """The frame of a message that carries data, its length before it, in pieces of at most
+    ``piece_size`` bytes (a hundred or more), each encoded when it is taken; together exactly
+    ``encode_frame(encode(message))``. None for any other message.
+
+    Raises FrameTooLarge, before the first piece.
+    """
+    frame = _FRAMES.get(type(message))
+    return None if frame is None else frame.write_pieces(message, piece_size)
 
 
 def encoded(value: object) -> object:

@@ -6,12 +6,14 @@ the general path decides, so what is accepted never depends on the path.
 """
 
 import io
+from collections.abc import Iterator
 from typing import Any, Final, Self
 
 import attrs
 
 from protocol.converter import decode_base64, encode_base64
 from protocol.fields import OMITTED
+from protocol.framing import sized_header
 
 _DATA: Final = b'","data":"'
 _ENDINGS: Final = {None: b'"}', False: b'","done":false}', True: b'","done":true}'}
@@ -66,11 +68,10 @@ class DataFrame:
 
     def write(self, message: Any) -> bytes | None:
         """The payload of a message of this class, or None: it has more to say than data."""
-        for name, default in self.omitted:
-            if getattr(message, name) != default:
-                return None
+        if not self._says_data_only(message):
+            return None
         data = message.data
-        ending = _ENDINGS[message.done if self.has_done else None]
+        ending = self._ending(message)
         if len(data) <= _BLOCK:
             return b"".join((self.head, _DATA, encode_base64(data), ending))
         # Into one buffer of the final size: encoding all and then joining has malloc fetch
@@ -86,3 +87,37 @@ class DataFrame:
             payload.write(encode_base64(view[start : start + _BLOCK]))
         payload.write(ending)
         return payload.getvalue()
+
+    def write_pieces(self, message: Any, piece_size: int) -> Iterator[bytes] | None:
+        """The whole frame of such a message, in pieces of at most ``piece_size`` bytes, each made
+        when it is taken; None as from ``write``. Raises FrameTooLarge, now.
+
+        A piece is still in the processor's cache when it is sent, and nothing needs megabytes.
+        """
+        if not self._says_data_only(message):
+            return None
+        data = message.data
+        ending = self._ending(message)
+        size = len(self.head) + len(_DATA) + (len(data) + 2) // 3 * 4 + len(ending)
+        before = b"".join((sized_header(size), self.head, _DATA))
+        return _pieces(before, memoryview(data), ending, piece_size)
+
+    def _says_data_only(self, message: Any) -> bool:
+        return all(getattr(message, name) == default for name, default in self.omitted)
+
+    def _ending(self, message: Any) -> bytes:
+        return _ENDINGS[message.done if self.has_done else None]
+
+
+def _pieces(before: bytes, data: memoryview, ending: bytes, piece_size: int) -> Iterator[bytes]:
+    end = (piece_size - len(before)) // 4 * 3
+    piece = before + encode_base64(data[:end])
+    while end < len(data):
+        yield piece
+        start, end = end, end + piece_size // 4 * 3
+        piece = encode_base64(data[start:end])
+    if len(piece) + len(ending) <= piece_size:
+        yield piece + ending
+    else:
+        yield piece
+        yield ending

@@ -16,7 +16,11 @@ def encode_frame(payload: bytes) -> bytes:
 
 def frame_header(payload: bytes) -> bytes:
     """What goes before the payload; raises FrameTooLarge above MAX_FRAME_SIZE."""
-    size = len(payload)
+    return sized_header(len(payload))
+
+
+def sized_header(size: int) -> bytes:
+    """The same for a payload of ``size`` bytes."""
     if size > MAX_FRAME_SIZE:
         raise _too_large(size)
     return size.to_bytes(_HEADER_SIZE, "big")

@@ -51,7 +51,7 @@ THEIRS: dict[str, tuple[str, ...]] = {
     "cattrs": ("protocol.converter", "protocol.codec"),
     "ctypes": ("agent.linux",),
     "oras": ("agent.images.registry",),
-    "pybase64": ("protocol.converter", "protocol.codec"),
+    "pybase64": ("protocol.base64_path", "protocol.converter", "protocol.codec"),
     "pyroute2": ("agent.network.links",),
     "rich": ("protocol.cli",),
     "typer": ("protocol.cli",),

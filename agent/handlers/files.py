@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 
 from agent.channel import Channel
 from agent.errors import AgentError
 from agent.files.behind import Behind, in_thread
-from agent.files.download import Download
+from agent.files.download import BLOCK_BYTES, Download
 from agent.files.guest_path import GuestPath
 from agent.files.quota import within_quotas
 from agent.files.reception import receiving
@@ -98,13 +100,33 @@ async def file_read(
                 )
             )
             channel.widen()
-            async with Behind[bytes]() as reader:
-                reader.start(download.read)
-                while block := await reader.finish():
-                    reader.start(download.read)
-                    await channel.send(responses.DataChunk(block, done=False))
+            first = await in_thread(download.read)
+            if channel.sends_in_pieces and len(first) == BLOCK_BYTES:
+                await channel.send_each(_chunks(first, download.read))
+            elif first:
+                await _send_chunks(first, download.read, channel)
     sent = download.size if request.digest else None
     return responses.DataChunk(b"", done=True, sha256=download.sha256, size=sent)
+
+
+async def _send_chunks(first: bytes, read: Callable[[], bytes], channel: Channel) -> None:
+    """Send ``first``, and what is read after it, always one ahead."""
+    block: bytes | None = first
+    async with Behind[bytes]() as reader:
+        while block:
+            reader.start(read)
+            await channel.send(responses.DataChunk(block, done=False))
+            block = await reader.finish()
+
+
+def _chunks(first: bytes, read: Callable[[], bytes]) -> Generator[AgentResponse]:
+    """The same, for the thread that sends them."""
+    block = first
+    with ThreadPoolExecutor(1) as reader:
+        while block:
+            following = reader.submit(read)
+            yield responses.DataChunk(block, done=False)
+            block = following.result()
 
 
 def _write(plan: Plan, site: Site, data: bytes) -> Written:

@@ -2,13 +2,17 @@
 
 import socket
 import threading
+from collections.abc import Generator
 
 import pytest
 import trio
 import trio.testing
 
+from agent.channel import Channel
 from agent.connection import THREADED_BYTES, Connection, PeerGone
-from protocol import encode_frame
+from agent.errors import AgentError
+from protocol import AgentResponse, encode, encode_frame, responses
+from protocol.errors import ErrorCode
 
 PIECE_BYTES = 32 * 1024
 PAYLOAD = bytes(range(256)) * (8 * THREADED_BYTES // 256)
@@ -43,6 +47,51 @@ async def test_a_cancelled_send_ends_its_thread_and_the_connection() -> None:
         assert 0 < len(heard) < len(PAYLOAD)
         with pytest.raises(PeerGone):
             await connection.send(b"more")
+
+
+async def test_a_cancelled_send_waits_for_its_thread_to_be_done_with_what_it_sends() -> None:
+    closed = threading.Event()
+
+    def pieces() -> Generator[bytes]:
+        try:
+            while True:
+                yield bytes(PIECE_BYTES)
+        finally:
+            closed.set()
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with trio.fail_after(10), trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Connection(ours, PIECE_BYTES).send_in_thread, pieces())
+                await trio.lowlevel.wait_readable(theirs)
+                scope.cancel()
+        assert scope.cancelled_caught
+        assert closed.is_set()
+
+
+async def test_what_fails_between_two_frames_leaves_the_connection_usable() -> None:
+    def answers() -> Generator[AgentResponse]:
+        yield responses.DataChunk(PAYLOAD, done=False)
+        raise AgentError(ErrorCode.FILE_IO_FAILED, "no more")
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(Connection(ours, PIECE_BYTES))
+        frame = encode_frame(encode(responses.DataChunk(PAYLOAD, done=False)))
+        refusal = responses.Error("no more", "FILE_IO_FAILED")
+        last = encode_frame(encode(refusal))
+
+        async def say() -> None:
+            with pytest.raises(AgentError, match="no more"):
+                await channel.send_each(answers())
+            await channel.send(refusal)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(say)
+            size = len(frame) + len(last)
+            heard = await trio.to_thread.run_sync(theirs.recv, size, socket.MSG_WAITALL)
+        assert heard == frame + last
 
 
 async def test_a_peer_that_goes_ends_a_large_send() -> None:

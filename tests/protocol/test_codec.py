@@ -7,14 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import (
+    MAX_FRAME_SIZE,
     AgentRequest,
     AgentResponse,
+    FrameTooLarge,
     HostMessage,
     MalformedMessage,
     ProtocolError,
     decode,
     decode_value,
     encode,
+    encode_frame,
+    frame_in_pieces,
     requests,
     responses,
 )
@@ -64,6 +68,32 @@ def test_both_paths_write_the_same_also_in_several_blocks(size: int) -> None:
     payload = encode(message)
     assert encode(message, "t") == b'{"trace_id":"t",' + payload[1:]
     assert decode(payload, AgentResponse).body == message
+
+
+@pytest.mark.parametrize("piece_size", [100, 1_000, 32 * 1024])
+@pytest.mark.parametrize("done", [False, True])
+@given(
+    data=st.binary(max_size=400) | st.integers(24_500, 24_700).map(bytes) | st.just(bytes(100_000))
+)
+def test_the_pieces_of_a_data_frame_are_the_frame(data: bytes, done: bool, piece_size: int) -> None:
+    message = responses.DataChunk(data, done)
+    pieces = frame_in_pieces(message, piece_size)
+    assert pieces is not None
+    sent = list(pieces)
+    assert b"".join(sent) == encode_frame(encode(message))
+    assert max(map(len, sent)) <= piece_size
+    assert all(sent)
+
+
+def test_what_is_no_data_alone_is_not_written_in_pieces() -> None:
+    assert frame_in_pieces(responses.Ok(), 100) is None
+    digested = responses.DataChunk(b"", done=True, sha256="0" * 64, size=0)
+    assert frame_in_pieces(digested, 100) is None
+
+
+def test_a_data_frame_above_the_limit_has_not_one_piece() -> None:
+    with pytest.raises(FrameTooLarge):
+        frame_in_pieces(responses.DataChunk(bytes(MAX_FRAME_SIZE), done=False), 32 * 1024)
 
 
 def outcome(payload: bytes, kind: Any) -> object:

@@ -79,6 +79,21 @@ async def test_a_large_file_goes_in_and_out_with_equal_digests_and_little_memory
     assert await client.request(requests.FileRemove(path)) == responses.Ok()
 
 
+async def test_a_host_that_hangs_up_in_the_middle_of_a_file_leaves_nothing_open(
+    machine: Machine, client: AgentClient
+) -> None:
+    path = "/tmp/half-read"
+    await shell(client, f"head -c {32 * MIB} /dev/zero >{path}")
+    pid = int((await shell(client, "head -n 1 /sys/fs/cgroup/agent/cgroup.procs")).strip())
+    async with open_client(machine.address) as cut, cut.stream(requests.FileRead(path)) as answers:
+        assert isinstance(await anext(answers), responses.DataChunk)
+    while path in await shell(client, f"ls -l /proc/{pid}/fd"):
+        # Each answer is a turn of the agent's, and there is no other news of its end.
+        pass
+    assert len(await read(client, path)) == 32 * MIB
+    await shell(client, f"rm {path}")
+
+
 @pytest.fixture
 async def quoted(client: AgentClient, tmp_path: Path) -> AsyncIterator[str]:
     """An ext4 of the VM where one user may have a MiB."""
@@ -133,6 +148,22 @@ async def test_a_quota_of_the_owner_ends_an_upload_and_leaves_the_target_untouch
     # Others have room, and so has this one up to its quota.
     await write(client, f"{quoted}/another", data)
     await write(client, path, data[: 512 * 1024], uid=OWNER)
+
+
+async def test_a_quota_holds_through_an_overlay_too(client: AgentClient, quoted: str) -> None:
+    options = "lowerdir=lower,upperdir=upper,workdir=work"
+    steps = "mkdir lower upper work merged && mount -t overlay"
+    await shell(client, f"cd {quoted} && {steps} -o {options} overlay merged")
+    try:
+        path = f"{quoted}/merged/file"
+        await write(client, path, b"old", uid=OWNER)
+        data = random.randbytes(2 * MIB)
+        error = await refusal(client, requests.FileWrite(path, data, uid=OWNER))
+        assert error.message == f"write {path}: Disk quota exceeded"
+        assert await read(client, path) == b"old"
+        await write(client, path, data[: 512 * 1024], uid=OWNER)
+    finally:
+        await shell(client, f"umount {quoted}/merged")
 
 
 async def test_what_was_answered_is_on_the_disk_when_the_power_goes(tmp_path: Path) -> None:
