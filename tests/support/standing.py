@@ -20,6 +20,7 @@ from tests.support.machine import Machine
 from tests.support.watch import until
 
 CGROUPS = "/sys/fs/cgroup/workloads"
+INIT = "/dev/.innkeep-init"
 RUN_DIR = "/run/innkeep"
 WORKSPACE = "/storage/workspace"
 
@@ -105,6 +106,24 @@ class Persistent:
         """Kill whatever runs on the overlay."""
         for container_id in self.containers():
             await end_container(self.machine, container_id)
+
+
+async def first_process(overlay: Persistent) -> str:
+    """The command line of the first process of the container that a run joins or starts."""
+    return (await overlay.shell("tr '\\0' ' ' </proc/1/cmdline")).strip()
+
+
+async def pid_namespace(overlay: Persistent) -> str:
+    """What tells one container from another."""
+    return await overlay.shell("readlink /proc/self/ns/pid")
+
+
+async def refused_cleanup(overlay: Persistent) -> None:
+    error = await overlay.cleanup_refusal()
+    assert error.code == "CLEANUP_FAILED"
+    assert overlay.workload in error.message
+    assert "the container of process" in error.message
+    assert (overlay.machine.storage / "overlays" / overlay.workload / "merged").is_dir()
 
 
 def containers_of(machine: Machine, workload: str | None = None) -> list[str]:

@@ -1,50 +1,27 @@
-"""Containers that stay: one for each persistent overlay, joined, replaced, and cleaned up."""
-
-import random
-import re
-import time
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
-from pathlib import Path
+"""Containers that stay: one for each persistent overlay, joined, and cleaned up."""
 
 import pytest
 import trio
 
-from initramfs.local_registry import LocalRegistry
 from protocol import requests, responses
-from protocol.client import AgentClient, ConnectionFailed, open_client
-from tests.support.crash import kill_agent
+from protocol.client import AgentClient, open_client
 from tests.support.execution import pull, shell
 from tests.support.images import Images
-from tests.support.lifelines import lifeline_in
-from tests.support.machine import Machine, booted
+from tests.support.machine import Machine
 from tests.support.run_sessions import session
 from tests.support.standing import (
-    RUN_DIR,
-    WORKSPACE,
+    INIT,
     Persistent,
-    cgroup_of_container,
-    containers_of,
-    end_container,
+    first_process,
     leftovers,
-    output_of,
     persistent_overlay,
+    pid_namespace,
+    refused_cleanup,
     settled,
     whole_output,
 )
-from tests.support.watch import until
 
 PATIENCE_S = 20
-INIT = "/dev/.innkeep-init"
-
-
-async def first_process(overlay: Persistent) -> str:
-    """The command line of the first process of the container that a run joins or starts."""
-    return (await overlay.shell("tr '\\0' ' ' </proc/1/cmdline")).strip()
-
-
-async def pid_namespace(overlay: Persistent) -> str:
-    return await overlay.shell("readlink /proc/self/ns/pid")
 
 
 # One id: one overlay, one mount, one container
@@ -265,249 +242,6 @@ async def test_a_command_in_a_container_that_stays_is_isolated_as_any_other(
     assert (len(inside), shared) == (7, ["net", "user"])
 
 
-# Detached: a container of its own
-
-
-async def test_a_detached_command_is_the_first_process_of_the_container_that_is_named(
-    persistent: Persistent,
-) -> None:
-    async with persistent.lifeline() as line:
-        container_id = await persistent.detach(line.script("exec sleep 1000"))
-        await line.started()
-        # Not to be taken for a process's number.
-        assert re.fullmatch("[0-9a-f]{32}", container_id)
-        assert not container_id.isdecimal()
-        assert persistent.containers() == [container_id]
-        assert (await first_process(persistent)).endswith("sleep 1000")
-
-
-async def test_a_detached_command_takes_the_place_of_a_container_that_only_waits(
-    persistent: Persistent,
-) -> None:
-    await persistent.shell("echo kept >/note")
-    (idle,) = persistent.containers()
-    async with persistent.lifeline() as line:
-        container_id = await persistent.detach(line.script("exec sleep 1000"))
-        await line.started()
-        assert persistent.containers() == [container_id]
-        assert cgroup_of_container(persistent.machine, idle).pids() == []
-        assert (await first_process(persistent)).endswith("sleep 1000")
-        assert await persistent.shell("cat /note") == "kept\n"
-
-
-async def test_a_container_in_which_something_runs_is_not_replaced(persistent: Persistent) -> None:
-    async with persistent.lifeline() as left, persistent.lifeline() as line:
-        await persistent.shell(left.script("sleep 1000 &"))
-        (first,) = persistent.containers()
-        second = await persistent.detach(line.script("exec sleep 2000"))
-        await line.started()
-        assert set(persistent.containers()) == {first, second}
-        assert "sleep 1000" not in await persistent.shell("ps")
-        await end_container(persistent.machine, second)
-        assert "sleep 1000" in await persistent.shell("ps")
-
-
-async def test_beside_a_workload_a_new_container_on_the_same_overlay_is_the_one_that_is_joined(
-    persistent: Persistent,
-) -> None:
-    async with persistent.lifeline() as old, persistent.lifeline() as new:
-        first = await persistent.detach(old.script("echo first >/note; exec sleep 1000"))
-        await old.started()
-        second = await persistent.detach(new.script("exec sleep 2000"))
-        await new.started()
-        assert first != second
-        assert (await first_process(persistent)).endswith("sleep 2000")
-        assert await persistent.shell("cat /note") == "first\n"
-        # The first goes on.
-        assert set(persistent.containers()) == {first, second}
-
-
-async def test_when_the_newest_container_has_ended_the_one_before_is_joined_and_then_a_new_one(
-    persistent: Persistent,
-) -> None:
-    async with persistent.lifeline() as old, persistent.lifeline() as new:
-        await persistent.detach(old.script("mkfifo /old; read word </old"))
-        await old.started()
-        await persistent.detach(new.script("mkfifo /new; read word </new"))
-        await new.started()
-        assert "read word </new" in await first_process(persistent)
-        await persistent.run("sh", "-c", "echo end >/new")
-        await new.ended()
-        assert "read word </old" in await first_process(persistent)
-        await persistent.run("sh", "-c", "echo end >/old")
-        await old.ended()
-        assert await first_process(persistent) == f"{INIT} -P"
-
-
-async def test_a_container_whose_first_process_has_exited_is_never_joined(
-    persistent: Persistent,
-) -> None:
-    for _ in range(10):
-        async with persistent.lifeline() as line:
-            await persistent.detach(f"trap 'exit 3' TERM; {line.script('sleep 1000 & wait')}")
-            await line.started()
-            # Its end takes all others with it, the one included that asks for it.
-            assert (await persistent.run("sh", "-c", "kill 1; exec sleep 1000")).exit_code == 137
-            assert await first_process(persistent) == f"{INIT} -P"
-
-
-async def test_a_detached_command_may_end_at_once(persistent: Persistent) -> None:
-    machine = persistent.machine
-    for _ in range(10):
-        container_id = await persistent.detach("echo done")
-        assert await whole_output(machine, container_id) == b"done\n"
-    await settled(machine)
-    files = machine.agents_open_files()
-    for _ in range(20):
-        await persistent.detach("exit 3")
-    await settled(machine)
-    assert machine.agents_open_files() <= files + 2
-
-
-async def test_the_output_of_a_detached_command_is_in_a_bounded_log(
-    persistent: Persistent,
-) -> None:
-    script = "echo begun; echo error >&2; read go </go; yes | head -c 20000000; echo end"
-    await persistent.run("mkfifo", "/go")
-    container_id = await persistent.detach(script)
-    output = output_of(persistent.machine, container_id)
-    await until(output.exists, output.parent)
-    await until(lambda: output.read_bytes() == b"begun\nerror\n", output)
-    await persistent.shell("echo >/go")
-    kept = await whole_output(persistent.machine, container_id)
-    assert kept.endswith(b"y\nend\n")
-    assert 4 << 20 <= len(kept) <= 8 << 20
-    assert sum(file.stat().st_size for file in output.parent.iterdir()) <= 8 << 20
-
-
-async def test_a_detached_container_goes_on_when_its_host_hangs_up(persistent: Persistent) -> None:
-    async with persistent.lifeline() as line:
-        async with open_client(persistent.machine.address) as other:
-            script = line.script("mkfifo /go; read word </go; echo $word >/word")
-            request = persistent.request("sh", "-c", script, detached=True)
-            assert isinstance(await other.request(request), responses.Completed)
-            await line.started()
-        await persistent.run("sh", "-c", "echo on and on >/go")
-        with trio.fail_after(PATIENCE_S):
-            await line.ended()
-    # Its overlay is kept.
-    assert await persistent.shell("cat /word") == "on and on\n"
-
-
-async def test_a_detached_command_that_cannot_start_leaves_no_container(
-    persistent: Persistent,
-) -> None:
-    await persistent.shell("printf '#!/no/such/shell\\n' >/script; chmod 755 /script")
-    await persistent.end()
-    await settled(persistent.machine)
-    before = await leftovers(persistent.client)
-    for command, cause in (
-        ("no-such-program", "not found"),
-        ("/etc/passwd", "not executable"),
-        ("/script", "bad interpreter: '/no/such/shell'"),
-    ):
-        error = await persistent.refusal(command, detached=True)
-        assert error.code == "RUN_FAILED"
-        assert command in error.message
-        assert cause in error.message
-    await settled(persistent.machine)
-    assert await leftovers(persistent.client) == before
-    assert await first_process(persistent) == f"{INIT} -P"
-
-
-# In the background
-
-
-async def test_a_background_commands_pid_is_the_one_that_the_machine_sees(
-    persistent: Persistent,
-) -> None:
-    async with persistent.lifeline() as line:
-        pid = await persistent.background(line.script("exec sleep 1000"))
-        await line.started()
-        seen = await shell(persistent.client, f"tr '\\0' ' ' </proc/{pid}/cmdline")
-        assert seen.endswith("sleep 1000 ")
-        assert "sleep 1000" in await persistent.shell("ps")
-        assert await first_process(persistent) == f"{INIT} -P"
-        await shell(persistent.client, f"kill {pid}")
-        with trio.fail_after(PATIENCE_S):
-            await line.ended()
-
-
-async def test_a_background_commands_output_is_in_a_log_of_its_pid(persistent: Persistent) -> None:
-    pid = await persistent.background("cat; echo error >&2; exit 3", stdin_data="input\n")
-    assert await whole_output(persistent.machine, pid) == b"input\nerror\n"
-
-
-async def test_a_background_command_without_input_reads_nothing(persistent: Persistent) -> None:
-    pid = await persistent.background("readlink /proc/self/fd/0; cat; echo end")
-    assert await whole_output(persistent.machine, pid) == b"/dev/null\nend\n"
-
-
-async def test_a_background_commands_time_limit_is_for_its_whole_tree_and_nothing_else(
-    persistent: Persistent,
-) -> None:
-    async with persistent.lifeline() as limited, persistent.lifeline() as other:
-        await persistent.background(other.script("exec sleep 1000"))
-        await other.started()
-        script = limited.script("(setsid sleep 1000 &); exec sleep 1000")
-        await persistent.background(script, timeout_ms=300)
-        with trio.fail_after(PATIENCE_S):
-            await limited.ended()
-        assert (await persistent.shell("ps")).count("sleep 1000") == 1
-
-
-async def test_a_background_command_goes_on_when_its_host_hangs_up(persistent: Persistent) -> None:
-    async with persistent.lifeline() as line:
-        await persistent.run("mkfifo", "/go")
-        async with open_client(persistent.machine.address) as other:
-            script = line.script("read word </go; echo $word")
-            answer = await other.request(persistent.request("sh", "-c", script, background=True))
-            assert isinstance(answer, responses.Completed)
-            await line.started()
-        await persistent.shell("echo on and on >/go")
-        assert await whole_output(persistent.machine, int(answer.stdout)) == b"on and on\n"
-
-
-async def test_a_background_command_that_cannot_start_is_an_error_and_has_no_log(
-    persistent: Persistent,
-) -> None:
-    await persistent.run("true")
-    logs = await shell(persistent.client, "ls /run/innkeep/logs")
-    error = await persistent.refusal("no-such-program", background=True)
-    assert (error.code, "no-such-program" in error.message) == ("RUN_FAILED", True)
-    assert await shell(persistent.client, "ls /run/innkeep/logs") == logs
-
-
-@pytest.mark.parametrize("mode", ["detached", "background"])
-async def test_what_outlives_its_request_needs_an_overlay_that_does(
-    persistent: Persistent, mode: str
-) -> None:
-    fields = {mode: True, "persistent_overlay_id": None}
-    error = await persistent.refusal("touch", "/workspace/should-not-be", **fields)
-    assert error.code == "INVALID_REQUEST"
-    assert "persistent_overlay_id" in error.message
-    assert not (persistent.machine.storage / "workspace" / "should-not-be").exists()
-
-
-@pytest.mark.parametrize("mode", ["interactive", "tty"])
-@pytest.mark.parametrize("kept", [True, False], ids=["persistent", "ephemeral"])
-async def test_a_session_comes_before_detached_and_background(
-    persistent: Persistent, mode: str, kept: bool
-) -> None:
-    fields = {mode: True, "detached": True, "background": True}
-    overlay_id = persistent.id if kept else None
-    request = persistent.request("echo", "hello", persistent_overlay_id=overlay_id, **fields)
-    async with session(persistent.machine.address, request) as talk:
-        assert (await talk.exited()).exit_code == 0
-    assert talk.stdout.split() == [b"hello"]
-
-
-async def test_detached_comes_before_background(persistent: Persistent) -> None:
-    container_id = await persistent.detach("echo hello", background=True)
-    assert re.fullmatch("[0-9a-f]{32}", container_id)
-    assert await whole_output(persistent.machine, container_id) == b"hello\n"
-
-
 # Time limits and hang-ups
 
 
@@ -585,6 +319,9 @@ async def test_a_host_that_hangs_up_while_its_container_starts_leaves_no_half_of
 async def test_cleaning_up_takes_the_overlay_and_the_container_that_only_waits(
     persistent: Persistent,
 ) -> None:
+    # The first container of a machine leaves something: crun keeps the seccomp profile compiled.
+    await persistent.shell(":")
+    await persistent.cleanup()
     await persistent.prepare()
     before = await leftovers(persistent.client)
     await persistent.shell("echo gone >/note")
@@ -634,14 +371,6 @@ async def test_cleaning_up_is_refused_while_something_lives_in_the_container(
         assert await persistent.shell("cat /note; ps | grep -c '[s]leep 1000'") == "kept\n1\n"
         await persistent.end()
         await persistent.cleanup()
-
-
-async def refused_cleanup(overlay: Persistent) -> None:
-    error = await overlay.cleanup_refusal()
-    assert error.code == "CLEANUP_FAILED"
-    assert overlay.workload in error.message
-    assert "the container of process" in error.message
-    assert (overlay.machine.storage / "overlays" / overlay.workload / "merged").is_dir()
 
 
 # The image
@@ -703,182 +432,3 @@ async def test_two_hundred_joined_runs_leave_nothing(persistent: Persistent) -> 
     await settled(machine, *persistent.containers())
     assert await leftovers(persistent.client) == before
     assert machine.agents_open_files() <= files + 2
-
-
-# The agent's death, and the machine's
-
-
-@asynccontextmanager
-async def machine_with(
-    registry: LocalRegistry, image: str, directory: Path
-) -> AsyncIterator[Machine]:
-    """A machine of a test's own, whose store has an image."""
-    with booted(directory, insecure_registries=[registry.address]) as machine:
-        async with open_client(machine.address) as client:
-            await pull(client, image)
-        yield machine
-
-
-async def test_containers_outlive_an_agent_that_is_killed(
-    registry: LocalRegistry, images: Images, tmp_path: Path
-) -> None:
-    image = images.busybox.reference
-    async with machine_with(registry, image, tmp_path) as machine:
-        with ExitStack() as held:
-            lines = [
-                held.enter_context(lifeline_in(machine, WORKSPACE, "/workspace")) for _ in range(5)
-            ]
-            detached, background, left, foreground, talked = lines
-            async with (
-                open_client(machine.address) as client,
-                open_client(machine.address) as first,
-                open_client(machine.address) as second,
-            ):
-                one, two = (Persistent(machine, client, image, name) for name in ("one", "two"))
-                tell = "mkfifo /go; echo before; printf . >&9; read word </go; echo $word; "
-                container_id = await one.detach(detached.script(tell + "exec sleep 1000"))
-                pid = await two.background(background.script(tell + "exec sleep 1000"))
-                await two.shell(f"({left.script('exec yes')}) &")
-                script = foreground.script("(setsid sleep 1000 &); exec sleep 1000")
-                await first.send(two.request("sh", "-c", script))
-                await second.send(one.request("sh", "-c", talked.script("exec cat"), tty=True))
-                for line in (*lines, detached, background):
-                    await line.heard()
-                namespaces = [await pid_namespace(each) for each in (one, two)]
-                containers = sorted(containers_of(machine))
-                await kill_agent(machine)
-            # What was asked for in the foreground ends with its connection.
-            await foreground.ended()
-            await talked.ended()
-            async with open_client(machine.address) as client:
-                one, two = one.over(client), two.over(client)
-                assert [await pid_namespace(each) for each in (one, two)] == namespaces
-                assert sorted(containers_of(machine)) == containers
-                assert all(line.is_held() for line in (detached, background, left))
-                for each, name in ((one, container_id), (two, pid)):
-                    await each.shell("echo after >/go")
-                    await logged(machine, name, b"before\nafter\n")
-                    await refused_cleanup(each)
-                await one.end()
-                await detached.ended()
-                assert await whole_output(machine, container_id) == b"before\nafter\n"
-                await one.cleanup()
-                assert await first_process(two) == f"{INIT} -P"
-                await client.request(requests.Shutdown())
-            assert await trio.to_thread.run_sync(machine.wait) == 0
-            for line in (background, left):
-                assert not line.is_held()
-
-
-async def logged(machine: Machine, name: str | int, text: bytes) -> None:
-    """Wait until that is what a log holds."""
-    output = output_of(machine, name)
-    await until(lambda: output.read_bytes() == text, output)
-
-
-@pytest.mark.parametrize("seed", range(10))
-async def test_whenever_the_agent_is_killed_containers_can_be_used_and_cleaned_up_afterwards(
-    registry: LocalRegistry, images: Images, tmp_path: Path, seed: int
-) -> None:
-    image = images.busybox.reference
-    chance = random.Random(seed)
-    names = ("one", "two", "three")
-    async with machine_with(registry, image, tmp_path) as machine:
-        async with open_client(machine.address) as client:
-            async with persistent_overlay(machine, image) as overlay:
-                await overlay.run("true")
-            await settled(machine)
-            before = await leftovers(client)
-        # Init gives up on an agent that ends five times a minute.
-        for _ in range(2):
-            async with trio.open_nursery() as hosts:
-                for name in names:
-                    hosts.start_soon(busy_host, machine, image, name, chance)
-                # A moment as any other: containers are being started, joined and replaced.
-                await trio.sleep(chance.uniform(0, 0.3))
-                await kill_agent(machine)
-                hosts.cancel_scope.cancel()
-        for name in names:
-            async with persistent_overlay(machine, image, name) as overlay:
-                await overlay.shell("echo works >/note")
-                assert await overlay.shell("cat /note") == "works\n"
-        await settled(machine)
-        async with open_client(machine.address) as client:
-            assert await leftovers(client) == before
-        logs = list(machine.path(f"{RUN_DIR}/logs").glob("*"))
-        assert [path.name for path in logs if path.name.startswith("+")] == []
-        for log in logs:
-            await until((log / "ended").exists, log)
-
-
-async def busy_host(machine: Machine, image: str, name: str, chance: random.Random) -> None:
-    """Ask for one thing after the other, until the agent is no more."""
-    with suppress(ConnectionFailed):
-        async with open_client(machine.address) as client:
-            overlay = Persistent(machine, client, image, name)
-            while True:
-                script = chance.choice(("true", "sleep 1000 &", "exit 3", "(setsid yes &); ps"))
-                mode = chance.choice((None, None, "detached", "background", "interactive", "tty"))
-                fields = {} if mode is None else {mode: True}
-                if chance.random() < 0.1:
-                    await overlay.end()
-                answer = await client.request(overlay.request("sh", "-c", script, **fields))
-                assert not isinstance(answer, responses.Error), answer
-
-
-async def test_shutdown_takes_no_time_over_containers_that_only_wait(
-    registry: LocalRegistry, images: Images, tmp_path: Path
-) -> None:
-    image = images.busybox.reference
-    async with machine_with(registry, image, tmp_path) as machine:
-        async with open_client(machine.address) as client:
-            for name in ("one", "two", "three"):
-                await Persistent(machine, client, image, name).run("true")
-            begun = time.monotonic()
-            assert await client.request(requests.Shutdown()) == responses.Ok({"shutdown": True})
-            assert time.monotonic() - begun < 1.5
-        assert await trio.to_thread.run_sync(machine.wait) == 0
-
-
-async def test_shutdown_asks_what_runs_in_a_container_to_end_before_it_kills(
-    registry: LocalRegistry, images: Images, tmp_path: Path
-) -> None:
-    image = images.busybox.reference
-    async with machine_with(registry, image, tmp_path) as machine:
-        farewell = machine.storage / "workspace" / "farewell"
-        polite = "trap 'echo bye from %s >>/workspace/farewell; exit' TERM; printf . >&9; %s"
-        with (
-            lifeline_in(machine, WORKSPACE, "/workspace") as one,
-            lifeline_in(machine, WORKSPACE, "/workspace") as two,
-        ):
-            async with open_client(machine.address) as client:
-                detached = Persistent(machine, client, image, "one")
-                await detached.detach(one.script(polite % ("first", "sleep 1000 & wait")))
-                background = Persistent(machine, client, image, "two")
-                await background.background(two.script(polite % ("other", "sleep 1000 & wait")))
-                for line in (one, one, two, two):
-                    await line.heard()
-                await client.request(requests.Shutdown())
-            assert not one.is_held()
-            assert not two.is_held()
-        assert sorted(farewell.read_text().splitlines()) == ["bye from first", "bye from other"]
-
-
-async def test_an_overlay_is_there_after_a_reboot(
-    registry: LocalRegistry, images: Images, tmp_path: Path
-) -> None:
-    image = images.busybox.reference
-    storage = tmp_path / "storage"
-    storage.mkdir()
-    for boot in ("first", "second"):
-        with booted(
-            tmp_path / boot, storage=storage, insecure_registries=[registry.address]
-        ) as machine:
-            async with open_client(machine.address) as client:
-                overlay = Persistent(machine, client, image, "kept")
-                if boot == "first":
-                    await pull(client, image)
-                    await overlay.shell("echo kept >/note; sleep 1000 &")
-                else:
-                    assert await overlay.shell("cat /note; pidof sleep || true") == "kept\n"
-                await client.request(requests.Shutdown())
