@@ -69,6 +69,15 @@ def _parser() -> argparse.ArgumentParser:
         help="a disk image, made if it is missing, that keeps the changes to a VM's own root; "
         "without one, they go with the VM",
     )
+    option(
+        "--disk",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a further disk image for a VM to read, behind those of --storage and --root-disk: "
+        "/dev/vda, /dev/vdb and so on; may be repeated",
+    )
     option("--memory", type=_size, default="1G", metavar="SIZE", help="default: 1G")
     option("--cpus", type=int, metavar="N", help="default: 2, emulated 1")
     option(
@@ -144,6 +153,8 @@ async def _in_namespaces(options: argparse.Namespace, scratch: Path) -> AsyncIte
         )
     if options.root_disk:
         raise BootError("namespaces have no disks: --root-disk is for VMs")
+    if options.disk:
+        raise BootError("namespaces have no disks, --disk is for VMs")
     rootfs: Path = options.image / "rootfs"
     if not (rootfs / "init").exists():
         raise BootError(f"no image in {options.image}: run `make image`")
@@ -195,6 +206,7 @@ async def _in_vm(
         cpus=options.cpus or (2 if choice.kind is Kind.KVM else 1),
         disk=disk,
         root_disk=root_disk,
+        disks=[_file("--disk", path) for path in options.disk],
         token_file=_token_file(options.token_file),
         # Machine-wide, as process ids are; 0 to 2 have meanings of their own.
         cid=3 + os.getpid(),
@@ -249,9 +261,13 @@ def _directory(storage: Path) -> Path:
 
 
 def _token_file(path: Path | None) -> Path | None:
-    if path is not None and not path.is_file():
-        raise BootError(f"--token-file {path}: there is no such file")
-    return None if path is None else path.absolute()
+    return None if path is None else _file("--token-file", path)
+
+
+def _file(option: str, path: Path) -> Path:
+    if not path.is_file():
+        raise BootError(f"{option} {path}: there is no such file")
+    return path.absolute()
 
 
 def _disk(storage: Path | None) -> Path | None:

@@ -65,6 +65,8 @@ class Hardware:
     cid: int = 3
     vsock_socket: int | None = None
     shares: Sequence[Share] = ()
+    disks: Sequence[Path] = ()
+    """More raw images, which the machine only reads."""
     token_file: Path | None = None
     """With the token of the workload's ports; the guest reads it from fw_cfg."""
 
@@ -108,6 +110,9 @@ def command_line(hardware: Hardware) -> list[str]:
         if disk is not None:
             drive = f"if=none,id={name},format=raw,discard=unmap,file={_value(str(disk))}"
             argv += ["-drive", drive, "-device", f"virtio-blk-pci,drive={name}"]
+    for number, path in enumerate(hardware.disks):
+        drive = f"if=none,id=disk{number},format=raw,readonly=on,file={_value(str(path))}"
+        argv += ["-drive", drive, "-device", f"virtio-blk-pci,drive=disk{number}"]
     if hardware.token_file is not None:
         argv += ["-fw_cfg", f"name=opt/innkeep/token,file={_value(str(hardware.token_file))}"]
     for number, share in enumerate(hardware.shares):

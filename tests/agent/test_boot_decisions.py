@@ -100,6 +100,16 @@ class TestTheCommandLine:
         assert "vhost-user-vsock-pci,chardev=vsock" in line
         assert not any("guest-cid" in word for word in line)
 
+    def test_of_more_disks_has_them_behind_the_storage_to_be_read_only(self) -> None:
+        disks = [Path("/b,c"), Path("/d")]
+        line = qemu.command_line(hardware(Kind.KVM, cid=42, disk=Path("/a"), disks=disks))
+        assert line[-8:] == [
+            *("-drive", "if=none,id=disk0,format=raw,readonly=on,file=/b,,c"),
+            *("-device", "virtio-blk-pci,drive=disk0"),
+            *("-drive", "if=none,id=disk1,format=raw,readonly=on,file=/d"),
+            *("-device", "virtio-blk-pci,drive=disk1"),
+        ]
+
     def test_of_shares_has_a_device_for_each_and_the_machines_memory_shared(self) -> None:
         shares = [qemu.Share("code", 8), qemu.Share("a,b", 9)]
         line = qemu.command_line(hardware(Kind.KVM, cid=42, shares=shares))
@@ -187,6 +197,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (["--share=a/b=/srv"], "'a/b=/srv' is no TAG=DIR"),
         (["--share=" + 37 * "a" + "=/srv"], "aaa=/srv' is no TAG=DIR"),
         (["--machine=namespaces", "--share=a=/"], "namespaces have no virtiofs"),
+        (["--machine=namespaces", "--disk=/a"], "namespaces have no disks"),
         (["--machine=namespaces", "--image=/nowhere"], "no image in /nowhere: run `make image`"),
         (["--machine=tcg", "--image=/nowhere"], "no image in /nowhere: run `make image`"),
     ],

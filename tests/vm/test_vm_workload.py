@@ -1,8 +1,9 @@
-"""The workload protocol over vsock, with tokens from the initramfs and from QEMU's fw_cfg."""
+"""The workload protocol over vsock, with tokens from wherever a VM may have its own."""
 
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 import trio
@@ -16,6 +17,7 @@ from protocol.client import (
     open_client,
     open_workload_client,
 )
+from tests.support.commands import run
 from tests.support.execution import shell
 from tests.support.machine import PROJECT, Machine, booted
 from tests.support.workload import LINE_BYTES, TOKEN, Counted, Peer, counting, open_log, open_peer
@@ -48,7 +50,9 @@ def workload_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         archive.write(bytes(-archive.tell() % 4))
         write_cpio(more, archive, 0)
     (directory / "token").write_text(OTHER_TOKEN)
-    command = "sh,-c,trap%20'exit%207'%20TERM;echo%20begun;while%20:;do%20sleep%200.1;done"
+    command = (
+        "sh,-c,trap%20'echo%20ended;exit%207'%20TERM;echo%20begun;while%20:;do%20sleep%200.1;done"
+    )
     with booted(
         directory,
         kind="auto",
@@ -150,6 +154,35 @@ async def test_the_boots_workload_and_its_log_survive_the_agent_and_the_token_is
         await peer.ready()
         await peer.signal(0, signal.SIGTERM)
         await peer.until(lambda: peer.told(0).exit == (7, "exited"))
+        await log.output(0, b"ended\n")
+        assert log.told(0).stdout == b"begun\nended\n"
     console = workload_vm.console_text()
     assert TOKEN not in console
     assert OTHER_TOKEN not in console
+
+
+@pytest.mark.parametrize("place", ["a disk of its own", "the storage disk"])
+async def test_a_disk_that_the_boot_names_has_the_token(tmp_path: Path, place: str) -> None:
+    (tmp_path / "files").mkdir()
+    for directory in (tmp_path, tmp_path / "files"):
+        (directory / "token").write_text(f"{TOKEN}\n")
+    storage = tmp_path / "storage.img"
+    # A disk has whole sectors, and no end where the token's is.
+    for file, size in ((tmp_path / "token", 1 << 20), (storage, 64 << 20)):
+        with file.open("ab") as disk:
+            disk.truncate(size)
+    run("mkfs.ext4", "-q", "-d", tmp_path / "files", storage)
+    options, device = [f"--disk={tmp_path / 'token'}"], "/dev/vdb"
+    if place == "the storage disk":
+        options, device = [], "/storage/token"
+    options += [f"--append=innkeep.workload.token_file={device}"]
+    with booted(tmp_path, kind="auto", storage=storage, options=options) as vm:
+        async with open_peer(vm.address) as peer, open_client(vm.address) as client:
+            await peer.exec(1, "true")
+            assert (await peer.over(1)).exit == (0, "exited")
+            assert TOKEN in await shell(client, f"head -c 64 {device}")
+            assert TOKEN not in await shell(client, "cat /proc/cmdline; dmesg")
+        with pytest.raises(AuthenticationFailed):
+            async with open_workload_client(vm.address, OTHER_TOKEN):
+                pass
+        assert TOKEN not in vm.console_text()
