@@ -10,10 +10,9 @@ import trio
 from protocol import codec, requests, responses
 from protocol.address import parse_address
 from protocol.errors import ProtocolError
-from protocol.framing import FrameDecoder, frame_pieces
 from protocol.requests import AgentRequest
 from protocol.responses import AgentResponse
-from protocol.stream import ConnectionFailed, open_stream
+from protocol.stream import ConnectionFailed, FrameStream, open_stream
 from protocol.workload_client import AuthenticationFailed, WorkloadClient, open_workload_client
 
 Answer = TypeVar("Answer", bound=AgentResponse)
@@ -101,12 +100,8 @@ class AgentClient:
     def __init__(
         self, stream: trio.abc.Stream, *, name: str = "the agent", send_size: int | None = None
     ) -> None:
-        self._stream = stream
-        self._name = name
-        self._send_size = send_size
-        self._decoder = FrameDecoder()
+        self._frames = FrameStream(stream, name, send_size)
         self._request_lock = trio.Lock()
-        self._send_lock = trio.Lock()
 
     async def __aenter__(self) -> Self:
         return self
@@ -121,7 +116,7 @@ class AgentClient:
 
     async def aclose(self) -> None:
         """Hang up."""
-        await self._stream.aclose()
+        await self._frames.aclose()
 
     async def request(self, message: AgentRequest, trace_id: str | None = None) -> AgentResponse:
         """Ask, and return the last answer; those before it are dropped."""
@@ -153,41 +148,22 @@ class AgentClient:
         async with self._request_lock:
             answers = Answers(self)
             try:
-                await self._send_frame(pieces)
+                await self._frames.send(pieces)
                 yield answers
             finally:
                 if not answers.complete:
-                    await trio.aclose_forcefully(self._stream)
+                    await self._frames.abandon()
 
     async def send(self, message: AgentRequest, trace_id: str | None = None) -> None:
         """Send a message and wait for no answer."""
-        await self._send_frame(self._pieces(message, trace_id))
+        await self._frames.send(self._pieces(message, trace_id))
 
     def _pieces(self, message: AgentRequest, trace_id: str | None) -> list[bytes | memoryview]:
-        return frame_pieces(codec.encode(message, trace_id), self._send_size)
-
-    async def _send_frame(self, pieces: list[bytes | memoryview]) -> None:
-        async with self._send_lock:
-            try:
-                for piece in pieces:
-                    await self._stream.send_all(piece)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise ConnectionFailed(f"{self._name}: the connection is closed") from error
-            except BaseException:
-                # Nobody knows how much of the frame is out.
-                await trio.aclose_forcefully(self._stream)
-                raise
+        return self._frames.pieces(codec.encode(message, trace_id))
 
     async def receive(self) -> AgentResponse:
         """The next answer on the connection, whatever it belongs to; for ``Answers``."""
-        while (payload := self._decoder.next_frame()) is None:
-            try:
-                data = await self._stream.receive_some()
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise ConnectionFailed(f"{self._name}: the connection is closed") from error
-            if not data:
-                raise ConnectionFailed(f"{self._name}: the agent hung up before its answer")
-            self._decoder.receive_data(data)
+        payload = await self._frames.receive("the agent hung up before its answer")
         answer: AgentResponse = codec.decode(payload, AgentResponse).body
         return answer
 

@@ -10,8 +10,7 @@ import trio
 from protocol import codec, workload
 from protocol.address import beside, parse_address
 from protocol.constants import PROTOCOL_VERSION, Port
-from protocol.framing import FrameDecoder, frame_pieces
-from protocol.stream import ConnectionFailed, open_stream
+from protocol.stream import ConnectionFailed, FrameStream, open_stream
 from protocol.workload import GuestMessage, HostMessage
 
 
@@ -35,11 +34,7 @@ class WorkloadClient:
     def __init__(
         self, stream: trio.abc.Stream, *, name: str = "the agent", send_size: int | None = None
     ) -> None:
-        self._stream = stream
-        self._name = name
-        self._send_size = send_size
-        self._decoder = FrameDecoder()
-        self._send_lock = trio.Lock()
+        self._frames = FrameStream(stream, name, send_size)
 
     async def __aenter__(self) -> Self:
         return self
@@ -54,7 +49,7 @@ class WorkloadClient:
 
     async def aclose(self) -> None:
         """Hang up; the workload goes on."""
-        await self._stream.aclose()
+        await self._frames.aclose()
 
     async def authenticate(self, token: str, *, follow: bool = True) -> None:
         """Show the token. Raises AuthenticationFailed.
@@ -66,33 +61,15 @@ class WorkloadClient:
             await self.send(workload.Auth(token, PROTOCOL_VERSION, follow))
         answer = await self.receive()
         if not isinstance(answer, workload.AuthOk):
-            raise AuthenticationFailed(f"{self._name}: the agent did not accept the token")
+            raise AuthenticationFailed(f"{self._frames.name}: the agent did not accept the token")
 
     async def send(self, message: HostMessage) -> None:
         """Send a message, whole; what it brings about comes by ``receive``."""
-        pieces = frame_pieces(codec.encode(message), self._send_size)
-        async with self._send_lock:
-            try:
-                for piece in pieces:
-                    await self._stream.send_all(piece)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise ConnectionFailed(f"{self._name}: the connection is closed") from error
-            except BaseException:
-                # Nobody knows how much of the frame is out.
-                await trio.aclose_forcefully(self._stream)
-                raise
+        await self._frames.send(self._frames.pieces(codec.encode(message)))
 
     async def receive(self) -> GuestMessage:
         """The next message. Safe to cancel."""
-        while (payload := self._decoder.next_frame()) is None:
-            try:
-                data = await self._stream.receive_some()
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise ConnectionFailed(f"{self._name}: the connection is closed") from error
-            if not data:
-                raise ConnectionFailed(f"{self._name}: the agent hung up")
-            self._decoder.receive_data(data)
-        message: GuestMessage = codec.decode(payload, GuestMessage).body
+        message: GuestMessage = codec.decode(await self._frames.receive(), GuestMessage).body
         return message
 
 

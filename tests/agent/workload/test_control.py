@@ -193,7 +193,7 @@ async def test_no_command_at_all_is_an_error(peer: Peer) -> None:
 async def test_a_message_that_cannot_be_read_is_an_error_and_the_connection_goes_on(
     ports: Served, peer: Peer
 ) -> None:
-    stream = peer.client._stream
+    stream = peer.client._frames.stream
     await stream.send_all(encode_frame(b"{"))
     await stream.send_all(encode_frame(b'{"type":"exec","request_id":4,"command":"x","tty":false}'))
     await stream.send_all(encode_frame(b'{"type":"resize","request_id":"x"}'))
@@ -207,7 +207,7 @@ async def test_a_message_that_cannot_be_read_is_an_error_and_the_connection_goes
 async def test_a_frame_above_the_limit_is_an_error_and_the_end_of_the_connection(
     peer: Peer,
 ) -> None:
-    await peer.client._stream.send_all((33 << 20).to_bytes(4, "big"))
+    await peer.client._frames.stream.send_all((33 << 20).to_bytes(4, "big"))
     await peer.until(lambda: peer.told(None).error is not None)
     assert "frame too large" in str(peer.told(None).error)
     assert await peer.closed()
@@ -226,7 +226,7 @@ async def test_a_second_auth_is_auth_failed_and_the_end_of_the_connection(
 
 async def test_after_a_half_close_all_that_was_asked_for_is_still_told(peer: Peer) -> None:
     await peer.shell(1, "sleep 0.2; echo late")
-    await peer.client._stream.send_eof()  # type: ignore[attr-defined]
+    await peer.client._frames.stream.send_eof()  # type: ignore[attr-defined]
     told = await peer.over(1)
     assert told.stdout == b"late\n"
     assert await peer.closed()

@@ -244,7 +244,7 @@ async def test_a_reader_that_takes_a_little_now_and_then_holds_up_no_command(
     async with open_peer(ports.address) as peer, trio.open_nursery() as nursery:
         await peer.shell(1, f"exec 9>{life}; head -c {size} /dev/zero")
         await peer.until(lambda: peer.told(1).started)
-        nursery.start_soon(trickle, peer.client._stream)
+        nursery.start_soon(trickle, peer.client._frames.stream)
         with trio.fail_after(60):
             assert await trio.to_thread.run_sync(life.read_bytes, abandon_on_cancel=True) == b""
         assert taken < size // 2
