@@ -31,8 +31,9 @@ _SHELL = "/bin/sh"
 
 # On its stdin it is let begin; an agent that dies before leaves it the end of that. It keeps the
 # FIFO open, so that nobody waits there for an agent. What the shell itself has to say of the
-# command's end is nobody's output. SIGTERM comes to all that is in a cgroup; a trap, unlike a
-# signal that is ignored, is not inherited.
+# command's end is nobody's output; so the command has its stderr by a subshell, since a command's
+# redirections hold for the shell that waits for it, too. SIGTERM comes to all that is in a cgroup;
+# a trap, unlike a signal that is ignored, is not inherited.
 _SCRIPT = """\
 trap : TERM
 run=$1
@@ -40,7 +41,7 @@ shift
 exec 3>&2 2>/dev/null 4<>"$run/start/pid"
 read -r go || exit
 echo >"$run/begun"
-"$@" </dev/null 2>&3 3>&- 4>&-
+(exec "$@" </dev/null 2>&3 3>&- 4>&-)
 code=$?
 echo "$code" >"$run/status"
 exit "$code"

@@ -15,7 +15,7 @@ from tests.support.crash import kill_agent, successor
 from tests.support.directory_events import on_each_event
 from tests.support.execution import pull, shell
 from tests.support.images import Images
-from tests.support.machine import Machine, booted
+from tests.support.machine import PROJECT, Machine, booted
 from tests.support.rounds import rounds
 from tests.support.standing import Persistent
 from tests.support.workload import TOKEN, Peer, open_log, open_peer
@@ -212,6 +212,37 @@ async def test_the_token_is_on_no_console_and_in_no_container(
     assert TOKEN.encode() not in (agent / "environ").read_bytes() + (agent / "cmdline").read_bytes()
     kept = containers.path("/etc/innkeep/token")
     assert oct(kept.stat().st_mode & 0o777) == oct(0o600)
+
+
+async def test_a_client_made_from_the_documents_alone_in_another_language_is_understood(
+    vm: Machine,
+) -> None:
+    socket = vm.address.removeprefix("unix:")
+    result = await trio.run_process(
+        ["perl", PROJECT / "tests/support/client.pl", socket, TOKEN],
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.decode().replace("\r", "").splitlines() == [
+        "exec: out",
+        "3 exited",
+        "tty: 24 80",
+        "0 exited",
+        "signal: 143 signaled: SIGTERM",
+        "nobody: error: signal: no command has the request_id 99",
+        "second: error: the workload runs already: there is one at a time",
+        "log: hello /tmp",
+        "stop: hello /tmp",
+        "143 stopped",
+        "wrong: auth_failed",
+        "ping: 1",
+        "vm_exec: plain",
+        "started",
+        "cat: typed",
+        "exited: 0",
+    ]
 
 
 async def test_without_a_token_a_machine_lets_nobody_in(machine: Machine) -> None:
