@@ -30,6 +30,9 @@ _EMULATED = (
     "nokaslr",
     "no5lvl",
     "tsc=reliable",
+    # How fast the TSC is, a kernel finds out at boot, from a few microseconds of its own: on a busy
+    # host it may be wrong by several times, and all time limits with it. This one has a known rate.
+    "clocksource=acpi_pm",
     "audit=0",
     "apparmor=0",
     "rcupdate.rcu_expedited=1",

@@ -124,7 +124,7 @@ class TestTheCommandLine:
         ]
 
     def test_users_of_kvm_keep_what_the_emulated_kernel_goes_without(self) -> None:
-        for word in ("mitigations=off", "nokaslr", "apparmor=0"):
+        for word in ("mitigations=off", "nokaslr", "apparmor=0", "clocksource=acpi_pm"):
             assert word not in qemu.kernel_words(hardware(Kind.KVM))
             assert word in qemu.kernel_words(hardware(Kind.TCG))
 
