@@ -9,12 +9,13 @@ network.
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import trio
 from attrs import evolve
@@ -23,23 +24,30 @@ from initramfs import namespaces, qemu
 from initramfs.architecture import ARCHITECTURES
 from initramfs.child import started
 from initramfs.console import Console
+from initramfs.cpio import write_cpio
 from initramfs.errors import BootError, BuildError
 from initramfs.foreground import Machine, attend
 from initramfs.machine import Choice, Host, Kind, Network, boot_words, choose, parse_size
 from initramfs.sockets import claimed
 from initramfs.virtiofs import shared
 from initramfs.vsock_daemon import find_vsock_daemon, running_vsock_daemon
+from protocol.spelling import misspelt_flag
 
 AGENT_PORT = 6000
 READY_PORT = 6004
 # Beside the agent's; in namespaces, as behind a VMM's unix socket, a path has them behind it.
 WORKLOAD_PORTS = (5000, 5001)
+# Where init looks for mirrors.
+HOSTS_IN_INITRAMFS = "certs.d"
 _PATIENCE_S = {Kind.KVM: 60, Kind.TCG: 180, Kind.NAMESPACES: 60}
 
 
 def main() -> int:
     """Boot; the exit status is 0 where the machine was ended by us, or powered itself off."""
-    options = _parser().parse_args()
+    parser, flags = _parser()
+    if (complaint := misspelt_flag(sys.argv[1:], flags)) is not None:
+        parser.error(complaint)
+    options = parser.parse_args()
     options.image = options.image.absolute()
     try:
         trio.run(_boot, options)
@@ -49,9 +57,17 @@ def main() -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m initramfs.boot", description=__doc__)
-    option = parser.add_argument
+def _parser() -> tuple[argparse.ArgumentParser, Sequence[str]]:
+    """The parser, and the names that its arguments begin with."""
+    parser = argparse.ArgumentParser(
+        prog="python -m initramfs.boot", description=__doc__, allow_abbrev=False
+    )
+    flags = ["--help"]
+
+    def option(flag: str, **more: Any) -> None:
+        flags.append(flag)
+        parser.add_argument(flag, **more)
+
     option("--machine", choices=["auto", *Kind], default="auto", help="auto: KVM, else TCG")
     option("--image", type=Path, default=Path("build"), metavar="DIR", help="default: build")
     option("--socket", type=Path, metavar="PATH", help="the host's end, where it is a unix socket")
@@ -97,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
         help="a registry to speak plain HTTP to, as the machine names it; may be repeated",
     )
     option(
+        "--hosts-dir",
+        type=Path,
+        metavar="DIR",
+        help="mirrors of registries, as the machine names them, in containerd's format: "
+        "DIR/HOST[:PORT]/hosts.toml; the machine gets a copy",
+    )
+    option(
         "--token-file",
         type=Path,
         metavar="FILE",
@@ -110,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WORD",
         help="more boot configuration, innkeep.KEY=VALUE; may be repeated",
     )
-    return parser
+    return parser, flags
 
 
 def _size(text: str) -> int:
@@ -168,6 +191,7 @@ async def _in_namespaces(options: argparse.Namespace, scratch: Path) -> AsyncIte
         sockets=socket.parent,
         storage=storage,
         token_file=_token_file(options.token_file),
+        mirrors=_mirrors(options.hosts_dir, scratch),
         words=boot_words(
             "dir",
             listen=f"unix:{namespaces.SOCKETS / socket.name}",
@@ -197,10 +221,12 @@ async def _in_vm(
         raise BootError(f"no image in {options.image}: run `make image`") from error
     architecture = ARCHITECTURES[manifest["architecture"]]
     disk, root_disk = _disk(options.storage), _disk(options.root_disk)
+    mirrors = _mirrors(options.hosts_dir, scratch)
     hardware = qemu.Hardware(
         architecture=architecture,
         kind=choice.kind,
         image=options.image,
+        initramfs=_initramfs_with(mirrors.parent, options.image, scratch) if mirrors else None,
         memory_bytes=options.memory,
         # Emulated ones take turns on one thread, and only cost each other time.
         cpus=options.cpus or (2 if choice.kind is Kind.KVM else 1),
@@ -268,6 +294,30 @@ def _file(option: str, path: Path) -> Path:
     if not path.is_file():
         raise BootError(f"{option} {path}: there is no such file")
     return path.absolute()
+
+
+def _mirrors(hosts_dir: Path | None, scratch: Path) -> Path | None:
+    """A copy of the directory as it is now, with what its links lead to: certificates often are
+    some, and lead to places of this machine."""
+    if hosts_dir is None:
+        return None
+    if not hosts_dir.is_dir():
+        raise BootError(f"--hosts-dir {hosts_dir}: there is no such directory")
+    copy = scratch / "more" / HOSTS_IN_INITRAMFS
+    try:
+        shutil.copytree(hosts_dir, copy)
+    except (OSError, shutil.Error) as error:
+        raise BootError(f"--hosts-dir {hosts_dir}: {error}") from error
+    return copy
+
+
+def _initramfs_with(tree: Path, image: Path, scratch: Path) -> Path:
+    """The image's initramfs, and an archive of a tree behind it."""
+    initramfs = scratch / "initramfs.cpio"
+    shutil.copyfile(image / "initramfs.cpio", initramfs)
+    with initramfs.open("ab") as file:
+        write_cpio(tree, file, epoch=0)
+    return initramfs
 
 
 def _disk(storage: Path | None) -> Path | None:

@@ -33,6 +33,8 @@ class Rooms:
     sockets: Path
     storage: Path
     token_file: Path | None = None
+    mirrors: Path | None = None
+    """With the configuration of mirrors."""
     words: Sequence[str]
 
 
@@ -45,6 +47,7 @@ def command_line(rooms: Rooms, cgroup: Path) -> list[str]:
         *("sh", "-c", enter, str(cgroup)),
         *("unshare", *namespaces, "--propagation=private", "--fork", "--kill-child"),
         *("sh", str(_SCRIPT), *map(str, directories), str(rooms.token_file or "")),
+        str(rooms.mirrors or ""),
     ]
 
 

@@ -2,13 +2,16 @@
 # The root filesystem of a machine made of namespaces; started by namespaces.py as PID 1 of new
 # pid, mount, ipc, uts and cgroup namespaces. Ends by becoming the image's own init.
 #
-#     namespaces.sh ROOTFS SCRATCH SOCKETS STORAGE TOKEN      directories, and a file or nothing
+#     namespaces.sh ROOTFS SCRATCH SOCKETS STORAGE TOKEN MIRRORS
+#
+# They are directories, but for the token's file; the last two may be empty.
 set -eu
 rootfs=$1
 scratch=$2
 sockets=$3
 storage=$4
 token=$5
+mirrors=$6
 
 mount -t tmpfs -o mode=755 machine "$scratch"
 cd "$scratch"
@@ -37,6 +40,10 @@ mount --bind "$storage" storage
 if [ -n "$token" ]; then
     mkdir -p etc/innkeep
     (umask 077 && cat "$token" >etc/innkeep/token)
+fi
+if [ -n "$mirrors" ]; then
+    mkdir -p etc/innkeep
+    cp -R "$mirrors" etc/innkeep/certs.d
 fi
 [ ! -e /etc/resolv.conf ] || cat /etc/resolv.conf >etc/resolv.conf
 # What init mounts; the rest is there already, and /sys is this machine's.

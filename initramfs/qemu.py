@@ -70,6 +70,8 @@ class Hardware:
     shares: Sequence[Share] = ()
     disks: Sequence[Path] = ()
     """More raw images, which the machine only reads."""
+    initramfs: Path | None = None
+    """In the place of the image's own."""
     token_file: Path | None = None
     """With the token of the workload's ports; the guest reads it from fw_cfg."""
 
@@ -96,7 +98,7 @@ def command_line(hardware: Hardware) -> list[str]:
         *("-display", "none"),
         *("-serial", "stdio"),
         *("-kernel", str(hardware.image / "vmlinux")),
-        *("-initrd", str(hardware.image / "initramfs.cpio")),
+        *("-initrd", str(hardware.initramfs or hardware.image / "initramfs.cpio")),
         *("-append", " ".join(kernel_words(hardware))),
         *("-netdev", "user,id=net"),
         *("-device", "virtio-net-pci,netdev=net,romfile="),

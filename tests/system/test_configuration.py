@@ -4,11 +4,14 @@ from pathlib import Path
 
 import trio
 
+from initramfs.local_registry import LocalRegistry
 from protocol import requests, responses
 from protocol.client import open_client
 from protocol.errors import ErrorCode
-from tests.support.execution import execute
+from tests.support.execution import execute, pull
+from tests.support.images import Images
 from tests.support.machine import booted
+from tests.support.mirrors import mirrored
 
 
 async def test_a_misspelt_word_is_told_with_every_pong_and_the_rest_works(tmp_path: Path) -> None:
@@ -20,6 +23,17 @@ async def test_a_misspelt_word_is_told_with_every_pong_and_the_rest_works(tmp_pa
             assert "did you mean innkeep.command_pids?" in told
             assert (await execute(client, "true")).exit_code == 0
         assert told in machine.console_text()
+
+
+async def test_mirrors_come_with_the_boot(
+    registry: LocalRegistry, images: Images, tmp_path: Path
+) -> None:
+    hosts = tmp_path / "hosts"
+    mirrored(hosts, registry.address)
+    with booted(tmp_path, options=[f"--hosts-dir={hosts}"]) as machine:
+        async with open_client(machine.address) as client:
+            reference = images.busybox.reference.replace(registry.address, "mirrored.invalid")
+            assert (await pull(client, reference))["reference"] == reference
 
 
 async def test_with_a_value_that_cannot_be_work_is_refused_with_it_until_the_shutdown(

@@ -7,9 +7,11 @@ import pytest
 from protocol import decode_value, requests, responses
 from protocol.client import AgentClient, ConnectionFailed, open_client
 from protocol.values import NetworkReport
-from tests.support.execution import shell
+from tests.support.execution import pull, shell
 from tests.support.http_server import http_server
+from tests.support.images import Images
 from tests.support.machine import LOOPBACK_IN_VM, Machine, booted
+from tests.support.mirrors import mirrored
 from tests.support.watch import until
 
 pytestmark = pytest.mark.timeout(180)
@@ -39,17 +41,21 @@ async def is_on_the_network(machine: Machine, address: str) -> None:
 
 
 async def test_addresses_of_both_families_stay_over_the_agents_death_and_so_does_the_lease(
-    tmp_path: Path,
+    vm_registry: str, images: Images, tmp_path: Path
 ) -> None:
     # In the place of the fixed address that boot.py gives otherwise.
     words = (f"ip=dhcp,{ADDRESS_6}", "gateway=", "dns=")
     options = [f"--append=innkeep.{word}" for word in words]
+    mirrored(tmp_path / "hosts", vm_registry)
+    options.append(f"--hosts-dir={tmp_path / 'hosts'}")
     settled = f"eth0 has {ADDRESS_6}"
     with booted(tmp_path, kind="auto", in_memory=True, options=options) as machine:
         await until(lambda: settled in machine.console_text(), machine.console, PATIENCE_S)
         await is_on_the_network(machine, ADDRESS_6)
         async with open_client(machine.address) as client:
             pid = await shell(client, "pidof udhcpc")
+            reference = images.busybox.reference_from(LOOPBACK_IN_VM)
+            await pull(client, reference.replace(vm_registry, "mirrored.invalid"))
             with pytest.raises(ConnectionFailed):
                 await shell(client, "kill -9 $(cat /sys/fs/cgroup/agent/cgroup.procs)")
         await until(lambda: machine.console_text().count(settled) == 2, machine.console, PATIENCE_S)
