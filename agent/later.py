@@ -17,10 +17,12 @@ class Later(Generic[T]):
         self._make = make
         self._made: list[T] = []
         self._turn = trio.Lock()
+        # Not the others' threads: all of those may wait for what ``diagnose`` is to find.
+        self._thread = trio.CapacityLimiter(1)
 
     async def value(self) -> T:
         """The part; raises what making it raises, and then the next one to ask tries again."""
         async with self._turn:
             if not self._made:
-                self._made.append(await trio.to_thread.run_sync(self._make))
+                self._made.append(await trio.to_thread.run_sync(self._make, limiter=self._thread))
         return self._made[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from agent import logs
 from agent.config import AgentConfig
@@ -73,6 +74,25 @@ async def test_where_there_are_no_cgroups_that_is_said_and_no_failure(
     stats = await (await services.statistics.value()).read()
     assert (stats.workloads, stats.containers, stats.commands) == (None, (), ())
     assert Missing("workloads", "commands have no cgroups here") in stats.missing
+
+
+async def test_an_agent_whose_threads_are_all_taken_answers_all_the_same(
+    services: Services, tmp_path: Path
+) -> None:
+    threads = trio.to_thread.current_default_thread_limiter()
+    threads.total_tokens = 1
+    async with trio.open_nursery() as nursery:
+        # The thread that this takes waits until the fifo is read.
+        nursery.start_soon(
+            trio.to_thread.run_sync, (tmp_path / "released").write_text, "crun version 1.0\n"
+        )
+        await trio.testing.wait_all_tasks_blocked()
+        assert threads.available_tokens == 0
+        with trio.fail_after(10):
+            stats = await (await services.statistics.value()).read()
+            diagnosis = await (await services.diagnostics.value()).diagnose()
+    assert stats.memory.total_bytes
+    assert diagnosis.agent is not None
 
 
 def test_the_last_failures_of_the_log_are_kept_and_nothing_else() -> None:
