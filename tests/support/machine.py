@@ -5,10 +5,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import IO
 
 from attrs import frozen
 
@@ -171,11 +170,16 @@ def agent_alone(
         f"--run-dir={directory / 'run'}",
         *options,
     ]
-    with _started(argv, stderr=subprocess.PIPE, env=env) as process:
-        serving: Future[None] = Future()
-        assert process.stderr is not None
-        tee = Thread(target=_copy_log, args=(process.stderr, console, serving), daemon=True)
-        tee.start()
+    serving: Future[None] = Future()
+    # The thread closes what it reads, and nobody closes it under it: the log ends when all do who
+    # write to it, and some outlive the agent.
+    log, writer = os.pipe()
+    Thread(target=_copy_log, args=(log, console, serving), daemon=True).start()
+    with ExitStack() as stack:
+        try:
+            process = stack.enter_context(_started(argv, stderr=writer, env=env))
+        finally:
+            os.close(writer)
         serving.result()
         yield Machine(
             address=address,
@@ -224,9 +228,9 @@ def _started(
                 raise
 
 
-def _copy_log(log: IO[bytes], copy: Path, serving: "Future[None]") -> None:
-    with copy.open("ab", buffering=0) as file:
-        for line in log:
+def _copy_log(log: int, copy: Path, serving: "Future[None]") -> None:
+    with open(log, "rb") as lines, copy.open("ab", buffering=0) as file:
+        for line in lines:
             file.write(line)
             if b"serving on" in line and not serving.done():
                 serving.set_result(None)
