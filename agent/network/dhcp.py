@@ -54,6 +54,12 @@ class Client:
         """What it has now. Raises ValueError: the server's answer is none; OSError."""
         return read_lease(self.lease_file)
 
+    def lost(self) -> Lease | None:
+        """What it had last and has no longer, which an agent that was not there may not know."""
+        with suppress(ValueError, OSError):
+            return read_lease(self.lease_file.with_name(f"{self.lease_file.name}.lost"))
+        return None
+
     @contextmanager
     def bell(self) -> Iterator[int]:
         """A descriptor that is readable once the lease may be another, for the block.

@@ -23,7 +23,7 @@ deconfig)
     # It begins with this, too; what another client got is valid until its time is over.
     while IFS='=' read -r name value; do
         if [ "$name" = client ] && [ "$value" = "$PPID" ]; then
-            rm "$LEASE"
+            mv "$LEASE" "$LEASE.lost"
             changed
         fi
     done 2>/dev/null <"$LEASE" || :

@@ -111,7 +111,7 @@ class Uplink:
 
     async def _take(self, links: Links, interface: str, lease: Lease | None) -> None:
         """Go by a lease, or by its being over."""
-        before, self._lease = self._lease, lease
+        before, self._lease = self._lease or self.client.lost(), lease
         lost = before is not None and (lease is None or lease.address != before.address)
         order = Order(
             mac=self.config.mac or "", lost=(str(before.address),) if before and lost else ()

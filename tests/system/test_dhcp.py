@@ -9,7 +9,7 @@ from attrs import frozen
 
 from initramfs.local_registry import LocalRegistry
 from protocol import decode_value, requests, responses
-from protocol.client import AgentClient, open_client
+from protocol.client import AgentClient, ConnectionFailed, open_client
 from protocol.values import NetworkReport
 from tests.support.crash import kill_agent
 from tests.support.execution import pull, run, shell
@@ -162,6 +162,22 @@ async def test_a_lease_that_is_lost_is_told_until_there_is_another(
         assert await addresses(client) == []
         await leased.renewed(client, "10.9.0.50/24")
         assert await problems(client) == ()
+
+
+async def test_a_lease_that_is_lost_while_no_agent_is_there_is_taken_back_by_the_next(
+    leased: Leased, client: AgentClient
+) -> None:
+    with leased.router.dhcp_server(RANGE):
+        await leased.renewed(client, "10.9.0.50/24")
+        said = len(leased.machine.console_text())
+        # It dies before it can start what would take the address away.
+        agent = "$(cat /sys/fs/cgroup/agent/cgroup.procs)"
+        with pytest.raises(ConnectionFailed):
+            await shell(client, f"kill -9 {agent}; kill -USR2 $({CLIENT})")
+        await leased.told("the DHCP lease of 10.9.0.50/24 is over", said)
+    async with open_client(leased.machine.address) as anew:
+        assert await problems(anew) == ("the DHCP lease of 10.9.0.50/24 is over",)
+        assert await addresses(anew) == []
 
 
 async def test_a_lease_that_nobody_renews_ends_with_its_time(
