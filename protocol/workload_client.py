@@ -61,7 +61,10 @@ class WorkloadClient:
             await self.send(workload.Auth(token, PROTOCOL_VERSION, follow))
         answer = await self.receive()
         if not isinstance(answer, workload.AuthOk):
-            raise AuthenticationFailed(f"{self._frames.name}: the agent did not accept the token")
+            raise AuthenticationFailed(
+                f"{self._frames.name}: the agent did not accept the token: it is not the VM's, the "
+                "VM has none, or ten wrong ones came within the last minute"
+            )
 
     async def send(self, message: HostMessage) -> None:
         """Send a message, whole; what it brings about comes by ``receive``."""

@@ -47,8 +47,8 @@ echo "$code" >"$run/status"
 exit "$code"
 """
 # In a session of its own, so that signals for the command's process group are for that alone; the
-# number that is told is the command's own.
-_FIRST = 'echo "$$" >"$1/start/pid"; shift; exec "$@"'
+# number that is told is the command's own, and what a shell adds to the environment is not.
+_FIRST = 'echo "$$" >"$1/start/pid"; shift; unset SHLVL PWD OLDPWD; exec "$@"'
 
 _PID_BYTES = 32
 

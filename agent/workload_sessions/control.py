@@ -208,7 +208,9 @@ class _Session:
         if running is None and request_id == WORKLOAD_ID and workloads is not None:
             running = workloads.running
         if running is None:
-            self._refuse(request_id, f"signal: no command has the request_id {request_id}")
+            nothing = "no workload runs, and " if request_id == WORKLOAD_ID else ""
+            text = f"signal: {nothing}no command has the request_id {request_id}"
+            self._refuse(request_id, text)
             return
         try:
             running.signal(message.signal)

@@ -251,11 +251,14 @@ def _read_token(file: Path | None) -> str:
         raise CommandFailed("no token given: use --token-file FILE or set INNKEEP_TOKEN_FILE", 2)
     try:
         # Not chained: the cause holds the content.
-        return file.read_bytes().strip(b" \t\r\n\0").decode("ascii")
+        token = file.read_bytes().strip(b" \t\r\n\0").decode("ascii")
     except OSError as error:
         raise CommandFailed(f"cannot read {file}: {error.strerror}", _USAGE) from None
     except UnicodeDecodeError:
-        raise CommandFailed(f"{file} holds no token", _USAGE) from None
+        token = ""
+    if not token:
+        raise CommandFailed(f"{file} holds no token", _USAGE)
+    return token
 
 
 def _signal_number(name: str) -> int:

@@ -103,6 +103,10 @@ async def test_without_a_command_at_boot_a_host_may_use_the_id_0(vm: Machine) ->
         await peer.run(0, "echo", "hello")
         told = await peer.over(0)
         assert (told.stdout, told.exit) == (b"hello\n", (0, "exited"))
+        await peer.run(1, "env")
+        await peer.exec(2, "env")
+        environment = (await peer.over(1)).stdout.splitlines()
+        assert sorted(environment) == sorted((await peer.over(2)).stdout.splitlines())
 
 
 async def test_the_workload_of_an_image_starts_once_that_is_there_and_survives_the_agent(

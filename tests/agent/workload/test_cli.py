@@ -61,7 +61,7 @@ async def test_run_detached_leaves_it_running_for_signal_stop_and_logs(ports: Se
         assert (await workload(ports, "stop", "--timeout", "0.1")).returncode == 0
     gone = await workload(ports, "signal", "9")
     assert gone.returncode == 125
-    assert b"no command has the request_id 0" in gone.stderr
+    assert b"no workload runs" in gone.stderr
 
 
 async def test_logs_follow_what_is_written(ports: Served, tmp_path: Path) -> None:
@@ -104,6 +104,7 @@ async def test_a_wrong_token_is_one_line_that_does_not_show_it(
     [
         (["exec", "true"], b"no token given"),
         (["--token-file", "/no/where", "exec", "true"], b"cannot read /no/where"),
+        (["--token-file", "/dev/null", "exec", "true"], b"/dev/null holds no token"),
         (["--token-file", "/dev/null", "signal", "WAT"], b"no such signal: WAT"),
         (["exec"], b"COMMAND"),
         (["wat"], b"wat"),
