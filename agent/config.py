@@ -21,6 +21,7 @@ from agent.launcher_network import from_launcher
 from agent.network.uplink_config import UplinkConfig
 from agent.settings import SETTINGS, Given, from_environment, from_words, misspelt
 from agent.workload_config import WorkloadConfig
+from protocol.values import Mount
 
 DEFAULT_HOSTS_DIR = Path("/etc/innkeep/certs.d")
 
@@ -40,6 +41,8 @@ class AgentConfig:
     storage_in_memory: bool = False
     root_error: str | None = None
     """Why changes to the VM's root are not kept on the disk that is there for them."""
+    root_disks: tuple[Path, ...] = ()
+    """Where init has disks mounted that the VM's root is on."""
     run_dir: Path = Path("/run/innkeep")
     insecure_registries: frozenset[str] = frozenset()
     registry_ca_files: Mapping[str, Path] = attrs.field(factory=dict)
@@ -62,6 +65,8 @@ class AgentConfig:
     """Bytes for all workloads together; this and the next two: by the VM's size where None."""
     workload_pids: int | Literal["max"] | None = None
     command_pids: int | Literal["max"] | None = None
+    boot_mounts: tuple[Mount, ...] = ()
+    """Shares that the VM itself has mounted, and every container with it."""
     mkfs_erofs: str = "mkfs.erofs"
     crun: str = "crun"
     catatonit: str = "/usr/bin/catatonit"
@@ -96,13 +101,16 @@ class AgentConfig:
             settings = {"hosts_dir": DEFAULT_HOSTS_DIR, **_fields(given), **_storage(given)}
             settings.update(workload=_workload(given), **_network(given))
             problems += filter(None, [settings.get("uplink_error")])
+            settings["boot_mounts"] = values.boot_mounts(environ)
             settings["ready_marker"] = environ.get("SMOLVM_READY_MARKER") or ".smolvm-ready"
-            settings["root_error"] = environ.get("INNKEEP_ROOT_ERROR")
         except ConfigError as error:
             # Not gone by in part: what is missing may be what keeps a workload from the world.
             refusal = f"boot configuration: {error}"
             settings = {"storage_in_memory": True, "refusal": refusal}
             problems.append(str(error))
+        # Of init, which has done it already.
+        settings["root_error"] = environ.get("INNKEEP_ROOT_ERROR")
+        settings["root_disks"] = tuple(map(Path, environ.get("INNKEEP_ROOT_DISKS", "").split()))
         return cls(**{**settings, "listen": listen, "in_image": True, "problems": tuple(problems)})
 
     @classmethod

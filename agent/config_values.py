@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from agent.network.uplink_config import Address, Interface
+from protocol.values import Mount
 
 T = TypeVar("T")
 
@@ -46,6 +47,26 @@ def absolute_path(name: str, value: str) -> Path:
     if not value.startswith("/"):
         raise ConfigError(f"{name}={value}: expected a path that begins with /")
     return Path(value)
+
+
+def boot_mounts(environ: Mapping[str, str]) -> tuple[Mount, ...]:
+    """The smolvm launcher's SMOLVM_MOUNT_<i>=<tag>:<path>:ro|rw, of which there are
+    SMOLVM_MOUNT_COUNT."""
+    name = "SMOLVM_MOUNT_COUNT"
+    count = environ.get(name) or "0"
+    if not (count.isascii() and count.isdecimal()):
+        raise ConfigError(f"{name}={count}: expected a number")
+    mounts = []
+    for number in range(int(count)):
+        each = f"SMOLVM_MOUNT_{number}"
+        if each not in environ:
+            raise ConfigError(f"{each}: it is missing, of {count} that there are ({name})")
+        tag, _, rest = environ[each].partition(":")
+        path, _, mode = rest.rpartition(":")
+        if not (tag and path.startswith("/") and mode in ("ro", "rw")):
+            raise ConfigError(f"{each}={environ[each]}: expected TAG:PATH:ro or TAG:PATH:rw")
+        mounts.append(Mount(tag, path, read_only=mode == "ro"))
+    return tuple(mounts)
 
 
 def registries(name: str, value: str) -> frozenset[str]:

@@ -91,7 +91,7 @@ class Services:
     vm_network: VmNetwork
     statistics: Later[Statistics]
     diagnostics: Later[Diagnostics]
-    shares: Shares = attrs.field(factory=Shares)
+    shares: Shares
     probe: Probe = attrs.field(factory=Probe)
     stopped: trio.Event = attrs.field(factory=trio.Event)
     """Set when the machine may be powered off."""
@@ -195,8 +195,7 @@ class Services:
 
     def _let_storage_go(self) -> None:
         steps = [self.disk.let_go]
-        if self.config.in_image:
-            steps.append(RootDisk().let_go)
+        steps += [RootDisk(directory).let_go for directory in self.config.root_disks]
         if self.images.is_open:
             images = self.images.value
             steps = [images.overlays.unmount_all, images.layers.unmount_all, *steps]
@@ -250,6 +249,7 @@ async def open_services(
             )
             images: Gate[Images] = Gate()
             vm_network = VmNetwork.of(config)
+            shares = Shares(at_boot=config.boot_mounts)
             agent_cgroup = CGROUP_OF_AGENT if config.in_image else None
 
             def make_statistics() -> Statistics:
@@ -282,7 +282,10 @@ async def open_services(
                 standing=standing,
                 host=host,
                 bridges=bridges,
-                roots=GuestRoots(images, standing, disk.workspace, journal),
+                shares=shares,
+                roots=GuestRoots(
+                    images, standing, shares.claiming(WORKSPACE_MOUNT) or disk.workspace, journal
+                ),
                 images=images,
                 vm_network=vm_network,
                 statistics=Later(make_statistics),
@@ -296,6 +299,8 @@ async def open_services(
 
 
 async def _bring_up_at_boot(services: Services) -> None:
+    if services.shares.at_boot:
+        await trio.to_thread.run_sync(services.shares.mount_at_boot)
     # Those who wait at the gate are told; the log has it already.
     with suppress(AgentError):
         await services.bring_up_images()

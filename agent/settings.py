@@ -133,6 +133,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(key="mtu", meaning="the interface's, in bytes", default="the interface's own"),
     Setting(
         key="hostname",
+        launcher="SMOLVM_MACHINE_NAME",
         meaning="the VM's name; read by init",
         default="`innkeep`",
     ),
@@ -255,7 +256,7 @@ assert {s.key for s in SETTINGS if s.key.startswith("workload.")} == {
 _VARIABLES_OF_OTHERS = frozenset(
     f"{VARIABLE_PREFIX}{name}"
     for name in (
-        *("CMDLINE", "ROOT_ERROR"),
+        *("CMDLINE", "ROOT_DISKS", "ROOT_ERROR"),
         *("CONNECT", "DEBIAN_MIRROR", "ROUNDS", "SEED", "TOKEN_FILE"),
     )
 )

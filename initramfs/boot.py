@@ -259,7 +259,7 @@ async def _in_vm(
             return
         socket = (options.socket or scratch / "agent.sock").absolute()
         program = find_vsock_daemon(architecture, options.image / "cache")
-        doorbell = await stack.enter_async_context(_doorbell(Path(f"{socket}_{READY_PORT}")))
+        doorbell = await stack.enter_async_context(doorbell_at(Path(f"{socket}_{READY_PORT}")))
         daemon = running_vsock_daemon(program, socket, scratch / "control.sock")
         fd = await stack.enter_async_context(daemon)
         command = qemu.command_line(evolve(hardware, vsock_socket=fd))
@@ -268,7 +268,7 @@ async def _in_vm(
 
 
 @asynccontextmanager
-async def _doorbell(path: Path) -> AsyncIterator[trio.SocketListener]:
+async def doorbell_at(path: Path) -> AsyncIterator[trio.SocketListener]:
     """What the guest's connect to its host's port arrives at."""
     with claimed(path):
         listener = trio.socket.socket(trio.socket.AF_UNIX)

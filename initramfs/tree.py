@@ -29,6 +29,7 @@ _FOLDERS = {
 }
 _LINKS = {
     f"usr/bin/{PYTHON.partition('.')[0]}": PYTHON,
+    "usr/sbin/init": "/init",
     "var/run": "../run",
     "var/tmp": "../tmp",
 }

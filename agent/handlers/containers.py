@@ -180,7 +180,7 @@ def _workload(request: requests.Run, mode: Mode) -> str | None:
 async def _binds(request: requests.Run, services: Services) -> list[Bind]:
     """What the request wants mounted, and what every container has unless that is in its place."""
     binds: list[Bind] = []
-    if request.mounts:
+    if request.mounts or services.shares.at_boot:
         binds = await trio.to_thread.run_sync(services.shares.binds, request.mounts)
     workspace = Bind(str(services.disk.workspace), WORKSPACE, gives_way=True)
     if not workspace.is_displaced_by(binds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Iterable
@@ -10,11 +11,21 @@ from pathlib import Path, PurePosixPath
 
 import attrs
 
-from agent.errors import AgentError
-from agent.linux.mount import mount
+from agent.errors import AgentError, cause_of
+from agent.linux.mount import (
+    MOUNT_ATTR_RDONLY,
+    MS_PRIVATE,
+    closing,
+    mount,
+    mount_setattr,
+    move_mount,
+    open_tree,
+)
 from agent.processes.command import Bind
 from protocol.errors import ErrorCode
 from protocol.values import Mount
+
+log = logging.getLogger(__name__)
 
 VIRTIOFS = Path("/mnt/virtiofs")
 
@@ -29,17 +40,43 @@ class Shares:
     """virtiofs shares, each mounted once in the VM, at ``directory``/tag."""
 
     directory: Path = VIRTIOFS
+    at_boot: tuple[Mount, ...] = ()
+    """What the VM itself has mounted, and with it every container that has nothing else there."""
     _turn: threading.Lock = attrs.field(factory=threading.Lock, eq=False)
 
     def binds(self, wanted: Iterable[Mount]) -> list[Bind]:
         """What is to be bound into a container, outer directories before those within them; as
-        ``bind``, and MOUNT_FAILED also where two have one path."""
+        ``bind``, and MOUNT_FAILED also where two have one path. What is mounted at boot is among
+        it, unless it gives way to something wanted."""
         binds: dict[str, Bind] = {}
         for each in wanted:
             bind = self.bind(each)
             if binds.setdefault(bind.destination, bind) != bind:
                 raise _failed(each, "another mount of the request has that path")
-        return sorted(binds.values(), key=lambda bind: bind.destination.count("/"))
+        found = list(binds.values())
+        for each in self.at_boot:
+            bind = attrs.evolve(self.bind(each), gives_way=True)
+            if not bind.is_displaced_by(binds.values()):
+                found.append(bind)
+        return sorted(found, key=lambda bind: bind.destination.count("/"))
+
+    def mount_at_boot(self) -> None:
+        """Have what is to be mounted in the VM at its place there; an agent that died since may
+        have done it. What fails is logged, and an error of each request that is to have it. Blocks.
+        """
+        for each in self.at_boot:
+            try:
+                _mount_in_vm(self.bind(each))
+            except AgentError as error:
+                log.error("%s", error.message)
+            except OSError as error:
+                log.error("%s", _failed(each, cause_of(error)).message)
+
+    def claiming(self, place: Path) -> Path | None:
+        """The share that is mounted there at boot, if one is."""
+        return next(
+            (self._place(each.tag) for each in self.at_boot if Path(each.path) == place), None
+        )
 
     def bind(self, wanted: Mount) -> Bind:
         """What is to be bound into a container; the share is mounted where it is not yet. Blocks.
@@ -61,10 +98,13 @@ class Shares:
             raise _failed(wanted, str(error)) from error
         return Bind(str(source), destination, wanted.read_only)
 
+    def _place(self, tag: str) -> Path:
+        return Path(tag) if tag.startswith("/") else self.directory / tag
+
     def _mounted(self, tag: str) -> Path:
         if not tag or "/" in tag or "\0" in tag or tag in (".", ".."):
             raise ValueError("expected a virtiofs tag or an absolute path")
-        where = self.directory / tag
+        where = self._place(tag)
         with self._turn:
             if not where.is_mount():
                 where.mkdir(parents=True, exist_ok=True)
@@ -77,6 +117,17 @@ class Shares:
                         raise ValueError(_NO_SHARE) from error
                     raise
         return where
+
+
+def _mount_in_vm(bind: Bind) -> None:
+    place = Path(bind.destination)
+    place.mkdir(parents=True, exist_ok=True)
+    if place.samefile(bind.source):
+        return
+    with closing(open_tree(bind.source)) as tree:
+        attributes = MOUNT_ATTR_RDONLY if bind.read_only else 0
+        mount_setattr(tree, set_attributes=attributes, propagation=MS_PRIVATE)
+        move_mount(tree, place)
 
 
 def _destination(wanted: Mount) -> str:

@@ -1,7 +1,8 @@
 """The disk that keeps the changes to the VM's own root: the upper directory of that overlay.
 
 init has it opened before there is a root to switch to (initramfs/open_root_disk.py), by the rules
-of the storage disk; the agent only lets go of it in the end.
+of the storage disk; the agent only lets go of it in the end. In the VM it is at /mnt/root,
+read-only, for whoever wants to know what takes its room.
 """
 
 from __future__ import annotations
@@ -23,10 +24,6 @@ from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
 
-MOUNT_POINT = Path("/mnt/root")
-"""Where the VM has it, for whoever wants to know what takes its room; init makes it read-only
-there."""
-
 # No name that somebody else's disk has already, an earlier root of another system included.
 _KEPT = Path("innkeep-root")
 # Each boot says these anew, or not at all.
@@ -35,9 +32,10 @@ _OF_ONE_BOOT = ("etc/hostname", "etc/resolv.conf", "etc/innkeep/token")
 
 @attrs.frozen
 class RootDisk:
-    """An ext4, at ``directory``, that holds the upper and the work directory of the root."""
+    """An ext4, mounted at ``directory``, that holds the upper and the work directory of the root;
+    or the disk that is the root itself."""
 
-    directory: Path = MOUNT_POINT
+    directory: Path
 
     def open(self, device: str) -> None:
         """Mount ``device``, checked and grown, or made where it was empty, with both directories.
@@ -70,8 +68,6 @@ class RootDisk:
         Raises:
             OSError: neither worked; data that was synced is safe all the same.
         """
-        if not self.directory.is_mount():
-            return
         try:
             mount(None, self.directory, flags=MS_REMOUNT | MS_RDONLY)
         except OSError as error:

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import attrs
+import trio
 
 from agent.errors import AgentError
 from agent.handlers.containers import WORKSPACE
@@ -91,13 +92,17 @@ class PersistentContainer:
         except InvalidWorkloadId as error:
             raise AgentError(ErrorCode.RUN_FAILED, f"innkeep.workload.overlay: {error}") from None
         async with image_in_use(self._image, services, ErrorCode.RUN_FAILED) as image:
+            binds = [Bind(str(services.disk.workspace), WORKSPACE, gives_way=True)]
+            if services.shares.at_boot:
+                mounts = await trio.to_thread.run_sync(services.shares.binds, ())
+                binds = [*(bind for bind in binds if not bind.is_displaced_by(mounts)), *mounts]
             command = ContainerCommand.from_request(
                 self._image,
                 image.info(),
                 words.argv,
                 words.env,
                 workdir=words.workdir,
-                binds=[Bind(str(services.disk.workspace), WORKSPACE, gives_way=True)],
+                binds=binds,
             )
 
             async def rootfs() -> Path:

@@ -13,6 +13,7 @@ from agent.config_values import ConfigError
 from agent.network.uplink_config import UplinkConfig
 from agent.settings import SETTINGS, Setting
 from agent.workload_config import WorkloadConfig
+from protocol.values import Mount
 
 OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
 ARGUMENTS = ["--listen", "unix:/tmp/a", "--storage", "/tmp/s", "--run-dir", "/tmp/r"]
@@ -51,6 +52,48 @@ def test_init_tells_why_the_root_is_in_memory_and_that_is_no_setting() -> None:
     environ = {"INNKEEP_ROOT_ERROR": said}
     config = AgentConfig.from_boot("innkeep.root=/dev/vdb", environ, [])
     assert (config.root_error, config.problems) == (said, ())
+
+
+def test_the_smolvm_launcher_counts_the_mounts_that_it_names() -> None:
+    environ = {
+        "SMOLVM_MOUNT_COUNT": "2",
+        "SMOLVM_MOUNT_0": "smolvm0:/srv/data:ro",
+        "SMOLVM_MOUNT_1": "smolvm1:/srv/a:b:rw",
+        "SMOLVM_MOUNT_2": "not counted",
+    }
+    assert AgentConfig.from_boot("", environ, []).boot_mounts == (
+        Mount("smolvm0", "/srv/data", read_only=True),
+        Mount("smolvm1", "/srv/a:b", read_only=False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"SMOLVM_MOUNT_COUNT": "-1"}, "SMOLVM_MOUNT_COUNT=-1: expected a number"),
+        (
+            {"SMOLVM_MOUNT_COUNT": "1"},
+            "SMOLVM_MOUNT_0: it is missing, of 1 that there are (SMOLVM_MOUNT_COUNT)",
+        ),
+        *(
+            (
+                {"SMOLVM_MOUNT_COUNT": "1", "SMOLVM_MOUNT_0": text},
+                f"SMOLVM_MOUNT_0={text}: expected TAG:PATH:ro or TAG:PATH:rw",
+            )
+            for text in ("", "tag", "tag:/path", "tag:path:ro", ":/path:ro", "tag:/path:rx")
+        ),
+    ],
+)
+def test_a_mount_of_the_launcher_that_is_none_is_named(
+    environ: Mapping[str, str], says: str
+) -> None:
+    assert AgentConfig.from_boot("", environ, []).problems == (says,)
+
+
+def test_init_tells_which_disks_the_root_is_on() -> None:
+    config = AgentConfig.from_boot("", {"INNKEEP_ROOT_DISKS": " /mnt/root /oldroot"}, [])
+    assert config.root_disks == (Path("/mnt/root"), Path("/oldroot"))
+    assert AgentConfig.from_boot("", {}, []).root_disks == ()
 
 
 def test_without_a_named_disk_storage_lives_in_memory() -> None:

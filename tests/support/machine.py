@@ -127,6 +127,21 @@ def booted(
         *(f"--insecure-registry={address}" for address in insecure_registries),
         *options,
     ]
+    with starting(argv, console, storage, kind=kind, env=env) as machine:
+        yield machine
+
+
+@contextmanager
+def starting(
+    argv: Sequence[str],
+    console: Path,
+    storage: Path,
+    *,
+    kind: str = "auto",
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Machine]:
+    """Run until the block is left what prints `ready ADDRESS`, as `initramfs.boot` does, and blocks
+    until then. Raises CommandError with the end of the console where that does not come."""
     with _started(argv, env=env) as process:
         assert process.stdout is not None
         line = process.stdout.readline().decode().strip()
