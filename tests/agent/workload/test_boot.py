@@ -18,7 +18,7 @@ SH = ("/bin/sh", "-c")
 async def test_the_boots_workload_has_id_0_and_its_exit_is_sent_to_every_connection_and_later_ones(
     tmp_path: Path, cgroup_root: Path
 ) -> None:
-    command = (*SH, "echo on; trap 'exit 7' TERM; sleep 1000 & wait")
+    command = (*SH, "trap 'exit 7' TERM; echo on; sleep 1000 & wait")
     async with (
         served(tmp_path, cgroup_root, command=command) as service,
         open_peer(service.address) as one,

@@ -81,9 +81,12 @@ async def test_stop_with_nothing_to_stop_says_nothing(peer: Peer) -> None:
 
 
 async def test_stop_reaches_what_has_changed_its_session(ports: Served, peer: Peer) -> None:
-    # It says so only when all of it is there: what is forked later has to be killed.
-    script = "setsid sh -c 'trap \"echo left; exit\" TERM; sleep 1000 & echo on; wait' & wait"
-    await peer.run(1, "/bin/sh", "-c", script)
+    # The last of it says so when it is there: what is forked later, or still has the handlers of
+    # the shell that forked it, has to be killed.
+    last = "sh -c 'echo on; exec sleep 1000'"
+    await peer.run(
+        1, "/bin/sh", "-c", 'setsid sh -c "$0" & wait', f'trap "exit" TERM; {last} & wait'
+    )
     await peer.output(1, b"on")
     await peer.stop(10_000)
     await peer.over(1)
