@@ -141,7 +141,7 @@ async def test_the_boots_workload_and_its_log_survive_the_agent_and_the_token_is
         assert TOKEN not in await shell(client, "cat /proc/cmdline; dmesg")
         assert await shell(client, f"cat {FW_CFG}") == OTHER_TOKEN
         assert await shell(client, "stat -c %a /etc/innkeep/token") == "600\n"
-        await shell(client, "rm /etc/innkeep/token")
+        await shell(client, "umount /etc/innkeep/token && rm /etc/innkeep/token")
     with pytest.raises(ConnectionFailed):
         async with open_client(address) as client:
             await shell(client, KILL_AGENT)
