@@ -65,6 +65,11 @@ class Channel:
         assert piece_bytes is not None
         await self._connection.send_in_thread(_pieces(answers, piece_bytes))
 
+    @property
+    def is_torn(self) -> bool:
+        """Whether half a frame is out, so that nothing more can be said."""
+        return self._connection.is_torn
+
     def widen(self) -> None:
         """Make room for large answers, of which there will be many."""
         self._connection.widen()

@@ -23,6 +23,7 @@ from agent.settings import SETTINGS, Given, from_environment, from_words, misspe
 from agent.workload_config import WorkloadConfig
 from protocol.values import Mount
 
+HOST_TIME = "SMOLVM_HOST_TIME_NS"
 DEFAULT_HOSTS_DIR = Path("/etc/innkeep/certs.d")
 
 
@@ -36,6 +37,10 @@ class AgentConfig:
     listen: str
     in_image: bool
     """Whether the VM is ours: disks, links and power are touched only then."""
+    owns_kernel: bool = False
+    """Whether the kernel is ours, too, its clock and its random numbers: not in namespaces."""
+    host_time_ns: int | None = None
+    """The host's time when it started the VM, where it has said so."""
     storage_dir: Path = Path("/storage")
     storage_device: str | None = None
     storage_in_memory: bool = False
@@ -103,6 +108,8 @@ class AgentConfig:
             problems += filter(None, [settings.get("uplink_error")])
             settings["boot_mounts"] = values.boot_mounts(environ)
             settings["ready_marker"] = environ.get("SMOLVM_READY_MARKER") or ".smolvm-ready"
+            if launched := environ.get(HOST_TIME):
+                settings["host_time_ns"] = values.time_ns(HOST_TIME, launched)
         except ConfigError as error:
             # Not gone by in part: what is missing may be what keeps a workload from the world.
             refusal = f"boot configuration: {error}"
@@ -111,7 +118,8 @@ class AgentConfig:
         # Of init, which has done it already.
         settings["root_error"] = environ.get("INNKEEP_ROOT_ERROR")
         settings["root_disks"] = tuple(map(Path, environ.get("INNKEEP_ROOT_DISKS", "").split()))
-        return cls(**{**settings, "listen": listen, "in_image": True, "problems": tuple(problems)})
+        settings.update(listen=listen, in_image=True, problems=tuple(problems))
+        return cls(owns_kernel="INNKEEP_CMDLINE" not in environ, **settings)
 
     @classmethod
     def _from_arguments(cls, environ: Mapping[str, str], argv: Sequence[str]) -> AgentConfig:

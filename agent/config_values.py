@@ -43,6 +43,12 @@ def log_level(name: str, value: str) -> str:
     return value.upper()
 
 
+def time_ns(name: str, value: str) -> int:
+    if not (value.isascii() and value.isdecimal()) or int(value) >= 1 << 63:
+        raise ConfigError(f"{name}={value}: expected nanoseconds since 1970")
+    return int(value)
+
+
 def absolute_path(name: str, value: str) -> Path:
     if not value.startswith("/"):
         raise ConfigError(f"{name}={value}: expected a path that begins with /")

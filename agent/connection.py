@@ -51,6 +51,8 @@ class Connection:
         """The most that one call may send, where that is limited."""
         self.on_stall: Callable[[], None] | None = None
         """Called whenever a send has to wait for the peer."""
+        self.is_torn = False
+        """Whether a send was cancelled: half a frame may be out."""
 
     def limit_frames(self, most_bytes: int) -> None:
         """Take no longer ones than that, instead of up to MAX_FRAME_SIZE."""
@@ -119,12 +121,19 @@ class Connection:
 
     async def send(self, payload: bytes) -> None:
         """Send one frame. Not safe to cancel: a cancelled send leaves half a frame behind, so
-        whoever cancels one must close the connection.
+        whoever cancels one must close the connection, which ``is_torn`` then.
 
         Raises:
             FrameTooLarge: the payload is above MAX_FRAME_SIZE; nothing was sent.
             PeerGone: the connection broke.
         """
+        try:
+            await self._send(payload)
+        except trio.Cancelled:
+            self.is_torn = True
+            raise
+
+    async def _send(self, payload: bytes) -> None:
         if self.piece_bytes is not None:
             pieces = frame_pieces(payload, self.piece_bytes)
             if len(payload) >= THREADED_BYTES:
@@ -172,6 +181,7 @@ class Connection:
                 await trio.sleep_forever()
             finally:
                 if not ended:
+                    self.is_torn = True
                     with suppress(OSError):
                         self.socket.shutdown(socket.SHUT_RDWR)
 

@@ -106,6 +106,10 @@ async def _live(
                     from agent.doorbell import ring_doorbell
 
                     nursery.start_soon(ring_doorbell, services, steps)
+                if services.kernel is not None:
+                    from agent.upkeep import look_after
+
+                    nursery.start_soon(look_after, services)
                 await services.stopped.wait()
                 nursery.cancel_scope.cancel()
         except AgentError as error:
@@ -145,6 +149,5 @@ async def _stop_on_signal(
         async for number in signals:
             log.info("stopping on %s", signal.Signals(number).name)
             services = await gate.passed(ErrorCode.INTERNAL_ERROR)
-            await services.stop()
-            services.stopped.set()
+            await services.power_off()
             return

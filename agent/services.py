@@ -38,9 +38,11 @@ from agent.processes.oom_protection import OomProtection
 from agent.processes.service import Processes, open_processes
 from agent.processes.shares import Shares
 from agent.processes.standing import StandingContainers
+from agent.resumption import Kernel, Resumer, set_clock_at_boot
 from agent.storage.disk import Disk
 from agent.storage.root_disk import RootDisk
 from agent.vm_network import VmNetwork
+from agent.work import Work
 from protocol import requests
 from protocol.errors import ErrorCode
 
@@ -92,16 +94,24 @@ class Services:
     statistics: Later[Statistics]
     diagnostics: Later[Diagnostics]
     shares: Shares
+    kernel: Kernel | None = None
+    """What of the kernel is ours to set, if it is ours."""
     probe: Probe = attrs.field(factory=Probe)
+    work: Work = attrs.field(factory=Work)
     stopped: trio.Event = attrs.field(factory=trio.Event)
     """Set when the machine may be powered off."""
-    _stopping: bool = False
     _bringing_up: trio.Lock = attrs.field(factory=trio.Lock)
+    resumer: Resumer = attrs.field(init=False)
 
-    @property
-    def is_stopping(self) -> bool:
-        """Whether a shutdown has begun: nothing new is started."""
-        return self._stopping
+    @resumer.default
+    def _make_resumer(self) -> Resumer:
+        return Resumer(
+            self.config.storage_dir,
+            self._storage_problem,
+            self.network,
+            self.vm_network.renew,
+            self.kernel,
+        )
 
     @property
     def network(self) -> Gate[None]:
@@ -113,8 +123,8 @@ class Services:
         by; a (second) shutdown and a ping may pass, and looking may go on in the latter case."""
         if kind in (requests.Ping, requests.Shutdown):
             return
-        if self._stopping:
-            raise AgentError(ErrorCode.INVALID_REQUEST, "the agent is shutting down")
+        if self.work.is_stopping:
+            raise self.work.refusal()
         if self.config.refusal is not None and kind is not requests.Diagnose:
             raise AgentError(ErrorCode.INVALID_REQUEST, self.config.refusal)
 
@@ -177,19 +187,30 @@ class Services:
             flattener=LayerFlattener(store.blobs, layers, claims),
         )
 
+    async def _storage_problem(self) -> str | None:
+        """Why what is stored cannot be had, if it cannot."""
+        await self.images.decided()
+        return None if self.images.failure is None else self.images.failure.message
+
     def trim_after(self, freed_bytes: int) -> None:
         """Give room back to the host in the background, if it is worth the trouble."""
         if freed_bytes >= _WORTH_TRIMMING_BYTES:
             self.processes.lifetime.start_soon(trio.to_thread.run_sync, self.disk.trim)
+
+    async def power_off(self) -> None:
+        """Stop, and have the machine powered off."""
+        await self.stop()
+        self.stopped.set()
 
     async def stop(self) -> None:
         """End all work, write everything back and let the disk go, so that power may be cut.
 
         Takes at most about 4 s; goes on past every single failure, and logs it.
         """
-        self._stopping = True
+        self.work.stop()
         await self.standing.end_idle()
         await self.processes.stop_all(STOP_GRACE_S)
+        await self.work.ended()
         await self.vm_network.end()
         await trio.to_thread.run_sync(self._let_storage_go)
 
@@ -274,6 +295,9 @@ async def open_services(
                     agent_cgroup=agent_cgroup,
                 )
 
+            kernel = Kernel.of(config)
+            if kernel is not None:
+                set_clock_at_boot(kernel.clock, config.host_time_ns)
             services = Services(
                 config=config,
                 disk=disk,
@@ -290,6 +314,7 @@ async def open_services(
                 vm_network=vm_network,
                 statistics=Later(make_statistics),
                 diagnostics=Later(make_diagnostics),
+                kernel=kernel,
             )
             nursery.start_soon(services.roots.keep_clean)
             nursery.start_soon(_bring_up_at_boot, services)

@@ -51,6 +51,7 @@ CAPABILITIES = (
     "tar-stream-v1",
     "vm-stats-v1",
     "diagnose-v1",
+    "resumed-v1",
 )
 """What this agent can do beyond protocol.rs; docs/protocol.md says what each one means."""
 
@@ -150,7 +151,12 @@ async def _handle(
     answer: AgentResponse | None
     try:
         services.refuse_new_work(kind)
-        answer = await handler(request, channel, services)
+        with services.work.under_way(kind) as work:
+            answer = await handler(request, channel, services)
+        if work.cancelled_caught:
+            if channel.is_torn:
+                raise PeerGone("the shutdown came in the middle of an answer")
+            raise services.work.refusal()
     except Exception as error:
         for kind_of_end in (PeerGone, FrameTooLarge):
             end = _sole(kind_of_end, error)

@@ -77,6 +77,16 @@ class VmNetwork:
             message = f"configure the network: {cause_of(error)}"
             self.gate.fail(AgentError(ErrorCode.INTERNAL_ERROR, message))
 
+    async def renew(self) -> None:
+        """For a VM that goes on after a pause, elsewhere perhaps: set up again what is fixed, and
+        have the DHCP server asked again, by whose answer the VM goes as ever."""
+        if self._uplink is None:
+            return
+        if self._uplink.config.dhcp:
+            self._uplink.client.renew()
+        else:
+            await self.run()
+
     async def end(self) -> None:
         """Give back what others lent: the VM is about to end."""
         if self._uplink is not None and self._uplink.config.dhcp:

@@ -144,6 +144,9 @@ def _build_base(
         kernel.extract_kernel(tools, programs, wheels, base / "vmlinux")
         lists = read_sections(FOLDER / "modules.txt")
         kernel.write_modules(tools, {name: lists[name] for name in MODULE_LISTS}, base / "modules")
+        # In the root, which is there when the initramfs is gone.
+        later = {"later": lists["later"]}
+        kernel.write_modules(tools, later, root / tree.HOME / "modules")
     contents_of_tree = read_sections(FOLDER / "tree.txt")
     tree.write_settings(root)
     tree.prune(root, contents_of_tree["programs"], contents_of_tree["unneeded"])

@@ -6,8 +6,8 @@ from collections import deque
 import trio
 
 _KEPT_LINES = 20
-# What init says last before it powers the machine off on the agent's wish, see `init`.
-_GOOD_END = "init: powering off"
+# What init says last before it ends the machine in order, see `init`.
+_GOOD_ENDS = ("init: powering off", "init: restarting")
 
 
 class Console:
@@ -43,7 +43,7 @@ class Console:
     def _keep(self, line: str) -> None:
         if line:
             self._lines.append(line)
-        if line.endswith(_GOOD_END):
+        if line.endswith(_GOOD_ENDS):
             self._ended_well = True
 
     def _write(self, data: bytes | bytearray) -> None:

@@ -98,6 +98,18 @@ class Shutdown:
 
 
 @attrs.frozen
+class Resumed:
+    """The VM was paused, moved or made from a snapshot: set right what only the host can know of.
+
+    ``time_ns`` is the host's time, in nanoseconds since 1970; ``entropy`` are bytes that nobody
+    else has got.
+    """
+
+    time_ns: U64 | None = attrs.field(default=None, metadata=OMITTED)
+    entropy: bytes | None = attrs.field(default=None, metadata=OMITTED, repr=length_only)
+
+
+@attrs.frozen
 class ExportLayer:
     """A layer's uncompressed tar; ``image_digest`` is the config digest, index 0 the bottom."""
 
@@ -303,6 +315,7 @@ AgentRequest = (
     | StorageStatus
     | NetworkTest
     | Shutdown
+    | Resumed
     | ExportLayer
     | VmExec
     | Run

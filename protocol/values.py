@@ -181,6 +181,60 @@ class NetworkReport:
 
 
 @attrs.frozen(kw_only=True)
+class ClockStep:
+    """By how much the clock was set forward, or back where that is negative.
+
+    ``source`` is what told the host's time: ptp_kvm, request, rtc; null where nothing did.
+    """
+
+    ok: bool
+    source: str | None
+    step_ns: I64
+    error: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Reseeding:
+    """How many bytes that only the host knew went into the generator of random numbers.
+
+    ``source`` is where they came from: request or hwrng; null where there were none.
+    """
+
+    ok: bool
+    source: str | None
+    credited_bytes: U64
+    error: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class MountCheck:
+    """Whether the storage can be written to, and every share answers; ``checked`` are these."""
+
+    ok: bool
+    checked: tuple[str, ...]
+    error: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class NetworkCheck:
+    """Whether the network is as the boot configuration wants it."""
+
+    ok: bool
+    error: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Resumption:
+    """What was done after a pause, step by step. ``ok`` is whether all of it went well."""
+
+    ok: bool
+    clock: ClockStep
+    randomness: Reseeding
+    mounts: MountCheck
+    network: NetworkCheck
+
+
+@attrs.frozen(kw_only=True)
 class FileInfo:
     """What lstat(2) or stat(2) tells of a file; ``mode`` are permission bits.
 

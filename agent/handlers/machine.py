@@ -12,6 +12,8 @@ from agent.storage.usage import usage_of
 from protocol import AgentResponse, requests, responses, values
 from protocol.errors import ErrorCode
 
+MOST_ENTROPY_BYTES = 4096
+
 
 async def storage_status(
     request: requests.StorageStatus, channel: Channel, services: Services
@@ -88,3 +90,13 @@ async def shutdown(
     # Power goes off after the answer is out, not before.
     channel.once_answered(services.stopped.set)
     return responses.Ok({"shutdown": True})
+
+
+async def resumed(request: requests.Resumed, channel: Channel, services: Services) -> AgentResponse:
+    if request.entropy is not None and len(request.entropy) > MOST_ENTROPY_BYTES:
+        raise AgentError(
+            ErrorCode.INVALID_REQUEST,
+            f"entropy: {len(request.entropy)} bytes are more than the {MOST_ENTROPY_BYTES} "
+            "allowed; 64 are plenty",
+        )
+    return responses.Ok(await services.resumer.resume(request.time_ns, request.entropy))

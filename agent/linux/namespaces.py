@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 CLONE_FS = 0x00000200
 CLONE_NEWNS = 0x00020000
+
+# linux/proc_ns.h: PROC_PID_INIT_INO
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -32,6 +36,11 @@ def setns(descriptor: int, nstype: int) -> None:
         OSError: EPERM without CAP_SYS_ADMIN, EINVAL for another kind of namespace.
     """
     _check(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(nstype)), "setns")
+
+
+def in_initial_pid_namespace() -> bool:
+    """Whether our processes are numbered as the kernel itself does: that of no container."""
+    return Path("/proc/self/ns/pid").stat().st_ino == _INITIAL_PID_NAMESPACE
 
 
 def _check(result: int, what: str) -> None:

@@ -1,1 +1,2 @@
-"""What the kernel tells of the machine: how busy and how full it is, its mounts, its network."""
+"""The machine itself: how busy and how full it is, its mounts, its network; and what of it is kept
+right, its clock, its random numbers and its power button."""

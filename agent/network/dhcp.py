@@ -104,6 +104,18 @@ class Client:
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
+    def renew(self) -> None:
+        """Have the server asked now, rather than when half of the lease is over."""
+        pidfd = self._running()
+        if pidfd is None:
+            return
+        try:
+            with suppress(ProcessLookupError):
+                # udhcpc's own meaning of it.
+                signal.pidfd_send_signal(pidfd, signal.SIGUSR1)
+        finally:
+            os.close(pidfd)
+
     async def end(self) -> None:
         """Let the lease go, and the client end, if there is one: the VM is about to."""
         self._ending = True

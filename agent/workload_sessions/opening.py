@@ -59,7 +59,7 @@ async def open_workload(services: Services) -> AsyncIterator[Workload]:
             log=workload_log,
             commands=commands,
             directory=directory,
-            may_start=lambda: not services.is_stopping,
+            may_start=lambda: not services.work.is_stopping,
             words=None if config.command is None else Words(config.command),
             restart=config.restart,
         )

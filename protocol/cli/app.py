@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from typing import Annotated, Final
 
 import trio
@@ -22,9 +23,10 @@ from protocol.cli.connection import (
 )
 from protocol.cli.execution import PullPolicy
 from protocol.client import AgentClient
-from protocol.values import NetworkReport, StorageStatus
+from protocol.values import NetworkReport, Resumption, StorageStatus
 
 _INTERRUPTED: Final = 130
+_ENTROPY_BYTES: Final = 64
 
 app = typer.Typer(
     name="innkeep",
@@ -161,6 +163,35 @@ def shutdown(context: typer.Context) -> None:
     answer = ask(settings, requests.Shutdown())
     if settings.json:
         output.print_json(answer)
+
+
+@app.command()
+def resumed(
+    context: typer.Context,
+    keep_time: Annotated[
+        bool, typer.Option("--keep-time", help="Do not tell the VM this machine's time.")
+    ] = False,
+) -> None:
+    """Tell the VM that it goes on after a pause, elsewhere, or as a copy of another one.
+
+    Its clock is set, its random numbers get bytes of ours that no copy of it has, and its mounts
+    and network are looked at.
+    """
+    settings = settings_of(context)
+
+    async def conversation(client: AgentClient) -> responses.Ok:
+        told_ns = None if keep_time else time.time_ns()
+        request = requests.Resumed(time_ns=told_ns, entropy=os.urandom(_ENTROPY_BYTES))
+        return await client.ask(request, responses.Ok)
+
+    answer = converse(settings, conversation)
+    done = decode_value(answer.data, Resumption)
+    if settings.json:
+        output.print_json(answer)
+    else:
+        output.print_resumption(done)
+    if not done.ok:
+        raise typer.Exit(FAILED)
 
 
 @app.command(name="run", cls=CommandAfterImage)

@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from protocol import encode, responses
-from protocol.values import CollectedGarbage, ImageInfo, NetworkReport, PullPlan
+from protocol.values import CollectedGarbage, ImageInfo, NetworkReport, PullPlan, Resumption
 
 _SHOWN_DIGEST = 12
 _WIDE = 10_000
@@ -127,6 +127,22 @@ def print_network_report(report: NetworkReport) -> None:
         print(f"{name:<8} {duration_ms:>5} ms  {outcome}")
     for problem in report.problems:
         print(f"network: {problem}")
+
+
+def print_resumption(done: Resumption) -> None:
+    """The steps of ``innkeep resumed``, each with what came of it."""
+    clock, randomness = done.clock, done.randomness
+    stepped = "right" if not clock.step_ns else f"stepped by {clock.step_ns / 1e9:+.3f} s"
+    for name, outcome in (
+        ("clock", clock.error or f"{stepped} ({clock.source or 'nobody told a time'})"),
+        (
+            "randomness",
+            randomness.error or f"{randomness.credited_bytes} bytes ({randomness.source})",
+        ),
+        ("mounts", done.mounts.error or ", ".join(done.mounts.checked)),
+        ("network", done.network.error or "as configured"),
+    ):
+        print(f"{name:<10}  {outcome}")
 
 
 def short_digest(digest: str) -> str:

@@ -176,6 +176,7 @@ def test_a_word_that_means_nothing_is_named_with_what_was_expected(
     assert config == AgentConfig(
         listen="vsock:1",
         in_image=True,
+        owns_kernel=True,
         storage_in_memory=True,
         problems=config.problems,
         refusal=config.refusal,
@@ -515,3 +516,25 @@ def test_a_misspelt_word_of_the_workload_is_unknown_or_refused() -> None:
     )
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         AgentConfig.from_boot("", {}, [*ARGUMENTS, "--workload", "comand=true"])
+
+
+@pytest.mark.parametrize(
+    ("environ", "owns_kernel"),
+    [({}, True), ({"INNKEEP_CMDLINE": "innkeep.storage=dir"}, False)],
+)
+def test_the_kernel_is_ours_only_where_it_has_told_us_itself(
+    environ: Mapping[str, str], owns_kernel: bool
+) -> None:
+    assert AgentConfig.from_boot("", environ, []).owns_kernel is owns_kernel
+    assert not AgentConfig.from_boot("", environ, ARGUMENTS).owns_kernel
+
+
+def test_the_launchers_time_is_nanoseconds_or_an_error() -> None:
+    told = AgentConfig.from_boot("", {"SMOLVM_HOST_TIME_NS": "1800000000000000000"}, [])
+    assert told.host_time_ns == 1_800_000_000_000_000_000
+    assert AgentConfig.from_boot("", {}, []).host_time_ns is None
+    for text in ("-1", "1.8e18", "9223372036854775808", "now"):
+        config = AgentConfig.from_boot("", {"SMOLVM_HOST_TIME_NS": text}, [])
+        error = f"SMOLVM_HOST_TIME_NS={text}: expected nanoseconds since 1970"
+        assert config.problems == (error,)
+        assert config.host_time_ns is None

@@ -21,6 +21,7 @@ ENV = (("TOKEN", HIDDEN), ("B", HIDDEN))
         requests.NetworkTest(f"https://user:{HIDDEN}@example.org/"),
         requests.VmExec(("ls",), env=ENV, stdin_data=HIDDEN),
         requests.Run("alpine", ("ls",), env=ENV, stdin_data=HIDDEN, remote_volume_mount=HIDDEN),
+        requests.Resumed(entropy=HIDDEN.encode()),
         requests.Stdin(HIDDEN.encode()),
         requests.FileWrite("/x", HIDDEN.encode()),
         requests.FileWriteChunk(HIDDEN.encode(), done=True),

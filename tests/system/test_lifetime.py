@@ -220,3 +220,36 @@ def users_of(directory: Path) -> list[str]:
         if any(str(directory) in place for place in [*places, words]):
             found.append(words)
     return found
+
+
+async def test_a_shutdown_ends_what_others_are_in_the_middle_of_and_tells_them(
+    registry: LocalRegistry, images: Images, tmp_path: Path
+) -> None:
+    with booted(tmp_path, insecure_registries=[registry.address]) as machine:
+        async with (
+            open_client(machine.address) as client,
+            open_client(machine.address) as pulling,
+            open_client(machine.address) as uploading,
+            open_client(machine.address) as running,
+        ):
+            await pulling.send(requests.Pull(image=images.large.reference))
+            assert isinstance(await pulling.receive(), responses.Progress)
+            begin = requests.FileWriteBegin(path="/storage/workspace/half", total_size=10_000_000)
+            assert isinstance(await uploading.request(begin), responses.Ok)
+            await uploading.send(requests.FileWriteChunk(bytes(1_000_000), done=False))
+            assert isinstance(await uploading.receive(), responses.Ok)
+            await running.send(requests.VmExec(command=("sleep", "1000"), interactive=True))
+            assert isinstance(await running.receive(), responses.Started)
+            answer = await client.request(requests.Shutdown())
+            assert answer == responses.Ok({"shutdown": True})
+            for cut_off in (pulling, uploading):
+                while isinstance(last := await cut_off.receive(), responses.Progress):
+                    pass
+                assert last == responses.Error("the agent is shutting down", "INVALID_REQUEST")
+            done = await running.receive()
+            # Its processes are ended, and it is told how.
+            assert isinstance(done, responses.Exited)
+            assert done.exit_code == 143
+        assert await trio.to_thread.run_sync(machine.wait) == 0
+        assert "internal error" not in machine.console_text()
+    assert not (tmp_path / "storage/workspace/half").exists()
