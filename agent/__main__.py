@@ -8,6 +8,7 @@ import _socket  # the socket module itself costs several milliseconds under emul
 import gc
 import os
 import sys
+import time
 
 from agent.bootwords import DEFAULT_LISTEN, kernel_words, listen_argument, variable_of
 
@@ -94,15 +95,16 @@ def main() -> int:
     address = listen_argument(argv) if argv else told
     if address is None:
         # Nothing to listen on: the arguments' parser says what is missing, or prints its help.
-        return serve(None, cmdline, argv, [])
+        return serve(None, cmdline, argv, [], 0.0)
     try:
         listener = bind(address)
     except (OSError, ValueError) as error:
         print(f"innkeep: listen on {address}: {error}", file=sys.stderr)
         return 2
+    listening_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     more, addresses = bind_workload(address)
     try:
-        return serve(listener, cmdline, argv, more)
+        return serve(listener, cmdline, argv, more, listening_s)
     finally:
         for bound in (address, *addresses):
             remove(bound)
@@ -113,8 +115,11 @@ def serve(
     cmdline: str,
     argv: list[str],
     workload_listeners: list[_socket.socket],
+    listening_s: float,
 ) -> int:
-    """Read the whole configuration, and serve on the listeners, which are closed in the end."""
+    """Read the whole configuration, and serve on the listeners, which are closed in the end.
+
+    ``listening_s`` is when they listened, in seconds after boot."""
     # What is imported stays: collecting among it costs a tenth of the start.
     gc.disable()
     from agent.config import AgentConfig
@@ -126,6 +131,7 @@ def serve(
         print(f"innkeep: {error}", file=sys.stderr)
         return 2
     assert listener is not None  # without --listen the parser has exited
+    steps = {"listening": listening_s, "config": time.clock_gettime(time.CLOCK_BOOTTIME)}
 
     import socket
     from contextlib import ExitStack
@@ -139,7 +145,7 @@ def serve(
             stack.enter_context(socket.socket(fileno=each.detach()))
             for each in (listener, *workload_listeners)
         )
-        return run(first, others, config)
+        return run(first, others, config, steps)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ async def ring_doorbell(services: Services, steps: MutableMapping[str, float]) -
     ready_s = uptime_s()
     steps["storage"] = services.images.decided_s
     steps["network"] = services.network.decided_s
+    steps["doorbell"] = ready_s
     log.info(
         "ready %.3f s after boot (%s)",
         ready_s,
         ", ".join(f"{step} {at_s:.3f}" for step, at_s in steps.items()),
     )
-    steps["ready"] = ready_s
     async with trio.open_nursery() as nursery:
         if services.config.in_image:
             nursery.start_soon(_mark, services.config.ready_marker, ready_s)

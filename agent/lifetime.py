@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,13 +43,17 @@ ServeWorkload = Callable[[Sequence[socket.socket], HangupWatch, "Services"], Awa
 
 
 def run(
-    listener: socket.socket, workload_listeners: Sequence[socket.socket], config: AgentConfig
+    listener: socket.socket,
+    workload_listeners: Sequence[socket.socket],
+    config: AgentConfig,
+    steps: Mapping[str, float],
 ) -> int:
     """Serve on ``listener`` until a shutdown request or SIGTERM; the exit status for init.
 
-    ``workload_listeners`` are those of the workload's control and of its log, or none.
+    ``workload_listeners`` are those of the workload's control and of its log, or none; ``steps``
+    is what has been done, and when, in seconds after boot.
     """
-    introspection = Introspection()
+    introspection = Introspection(steps={"agent": started_s(), **steps})
     logs.configure(config.log_level, introspection.failures)
     for problem in config.problems:
         log.error("configuration: %s", problem)
@@ -85,7 +89,7 @@ async def _live(
         talk = partial(converse, hangups=hangups, services=gate, pong=pong(config.problems))
         nursery.start_soon(serve, listener, config.vsock_peers, talk)
         log.info("serving on %s", config.listen)
-        steps.update({"agent": started_s(), "serving": uptime_s()})
+        steps["serving"] = uptime_s()
         for _ in range(STEPS_TO_A_PONG):
             await trio.lowlevel.checkpoint()
         open_services = await trio.to_thread.run_sync(_import_services)
