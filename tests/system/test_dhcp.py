@@ -115,6 +115,16 @@ async def test_without_an_answer_the_vm_is_ready_all_the_same_and_a_later_one_is
         await shell(client, "ping -c 1 -W 10 10.9.0.1")
 
 
+async def test_a_vm_that_goes_on_after_a_pause_asks_its_server_again(
+    leased: Leased, client: AgentClient
+) -> None:
+    with leased.router.dhcp_server(RANGE, *OPTIONS):
+        await leased.renewed(client, "10.9.0.50/24")
+        said = len(leased.machine.console_text())
+        await client.ask(requests.Resumed(), responses.Ok)
+        await leased.told("eth0 has 10.9.0.50/24 from DHCP server", said)
+
+
 async def test_a_lease_goes_on_over_the_agents_death_with_the_same_client(
     leased: Leased, client: AgentClient
 ) -> None:
