@@ -1,6 +1,6 @@
 """Run all benchmarks, or those that are named, or single rows of one:
 
-python -m benchmarks [--quick] [startup] [boot] [processes] [files] [pulls] [store] [trees]
+python -m benchmarks [--quick] [startup] [boot] [idle] [processes] [files] [pulls] [store] [trees]
                      [pulls:ROW]...
 """
 
@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import boot, files, processes, pulls, startup, store, trees
+from benchmarks import boot, files, idle, processes, pulls, startup, store, trees
 
 ROOTFS = Path("build/rootfs")
-WHOLE = {"startup": startup.measure, "boot": boot.measure}
+WHOLE = {"startup": startup.measure, "boot": boot.measure, "idle": idle.measure}
 BY_ROWS = {
     "processes": (processes.measure, tuple(processes.ROWS)),
     "files": (files.measure, tuple(files.ROWS)),

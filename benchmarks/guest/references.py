@@ -15,7 +15,7 @@ from pathlib import Path
 import pybase64
 import trio
 
-from agent.session import PONG
+from agent.session import pong
 from benchmarks.guest.connection import EXITED, LENGTH, STARTED
 from benchmarks.guest.python import python
 from benchmarks.guest.transfer import (
@@ -28,7 +28,7 @@ from benchmarks.guest.transfer import (
 )
 from protocol import encode, encode_frame
 
-PONG_FRAME = encode_frame(encode(PONG))
+PONG_FRAME = encode_frame(encode(pong()))
 
 
 async def echo(stream: trio.SocketStream) -> None:
