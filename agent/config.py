@@ -72,6 +72,8 @@ class AgentConfig:
     command_pids: int | Literal["max"] | None = None
     boot_mounts: tuple[Mount, ...] = ()
     """Shares that the VM itself has mounted, and every container with it."""
+    packed_layers: Mount | None = None
+    """The share whose layers are the image, where there is one."""
     mkfs_erofs: str = "mkfs.erofs"
     crun: str = "crun"
     catatonit: str = "/usr/bin/catatonit"

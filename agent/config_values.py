@@ -75,6 +75,14 @@ def boot_mounts(environ: Mapping[str, str]) -> tuple[Mount, ...]:
     return tuple(mounts)
 
 
+def packed_layers(name: str, value: str) -> Mount:
+    """TAG:PATH, as the smolvm launcher has it."""
+    tag, _, path = value.rpartition(":")
+    if not (tag and path.startswith("/")):
+        raise ConfigError(f"{name}={value}: expected TAG:PATH")
+    return Mount(tag, path, read_only=True)
+
+
 def registries(name: str, value: str) -> frozenset[str]:
     hosts = frozenset(host for host in value.split(",") if host)
     for host in hosts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ from agent.images.flattener import LayerFlattener
 from agent.images.garbage import GarbageCollector
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
+from agent.images.packed_image import PackedImage
+from agent.images.packed_share import PackedShare
 from agent.images.puller import Puller
 from agent.images.registries import RegistrySettings
 from agent.images.registry_hosts import problems
@@ -75,6 +78,8 @@ class Images:
     exporter: LayerExporter
     answers: ImageAnswers
     flattener: LayerFlattener
+    packed: PackedImage | None
+    """What all references mean, where there is a share of packed layers."""
 
 
 @attrs.define(eq=False)
@@ -163,7 +168,11 @@ class Services:
             refused = layers.mount_all((layer.digest, layer.diff_id) for layer in known)
             for digest, error in refused.items():
                 log.error("mount layer %s: %s", digest, cause_of(error))
-            overlays = Overlays(storage, layers, claims)
+            share, packed = None, None
+            if (wanted := self.config.packed_layers) is not None:
+                share = PackedShare(partial(self.shares.mount_in_vm, wanted))
+                packed = PackedImage(share, store, layers, claims, storage / "packed.json")
+            overlays = Overlays(storage, layers, claims, share)
             journal = Journal(storage / "uploads")
         settings = RegistrySettings(
             insecure=self.config.insecure_registries,
@@ -173,7 +182,7 @@ class Services:
         for problem in problems(settings.hosts_dir) if settings.hosts_dir else ():
             log.error("registries: %s", problem)
         puller = Puller(store, layers, settings, claims)
-        garbage = GarbageCollector(store, layers, overlays, claims)
+        garbage = GarbageCollector(store, layers, overlays, claims, packed)
         return Images(
             store,
             layers,
@@ -182,9 +191,10 @@ class Services:
             claims,
             garbage,
             journal,
-            exporter=LayerExporter(store, layers, claims),
+            exporter=LayerExporter(store, layers, claims, packed),
             answers=ImageAnswers(store),
             flattener=LayerFlattener(store.blobs, layers, claims),
+            packed=packed,
         )
 
     async def _storage_problem(self) -> str | None:
@@ -329,3 +339,8 @@ async def _bring_up_at_boot(services: Services) -> None:
     # Those who wait at the gate are told; the log has it already.
     with suppress(AgentError):
         await services.bring_up_images()
+        packed = services.images.value.packed
+        if packed is not None and not services.work.is_stopping:
+            # It may write as much as a pull does.
+            with services.work.under_way(requests.Pull):
+                await packed.look_at_boot()

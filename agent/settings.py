@@ -224,6 +224,14 @@ SETTINGS: tuple[Setting, ...] = (
         "such a CID is root in the VM",
     ),
     Setting(
+        key="packed_layers",
+        field="packed_layers",
+        read=values.packed_layers,
+        launcher="SMOLVM_PACKED_LAYERS",
+        meaning="`TAG:PATH`: the virtiofs share with the layers of the one image that there is, "
+        "see below",
+    ),
+    Setting(
         key="mkfs_erofs",
         field="mkfs_erofs",
         flag="--mkfs-erofs",

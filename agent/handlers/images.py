@@ -11,6 +11,7 @@ from agent.channel import Channel
 from agent.errors import AgentError
 from agent.images.content_store import StoredImage
 from agent.images.overlay_record import OverlayRecord
+from agent.images.packed_image import DIGEST_OF_PACKED, PackedImage
 from agent.images.platform import InvalidPlatform, parse_platform
 from agent.images.progress import PullProgress
 from agent.images.reference import InvalidReference, Reference, parse_reference
@@ -21,6 +22,11 @@ from protocol.values import CollectedGarbage
 
 
 async def pull(request: requests.Pull, channel: Channel, services: Services) -> AgentResponse:
+    if (packed := await packed_image(services, ErrorCode.PULL_FAILED)) is not None:
+        if request.dry_run:
+            return responses.Ok(await packed.plan(request.image, ErrorCode.PULL_FAILED))
+        image = await packed.image(request.image, ErrorCode.PULL_FAILED)
+        return responses.Ok(image.info())
     reference = parse(request.image, ErrorCode.PULL_FAILED)
     try:
         platform = parse_platform(request.oci_platform) if request.oci_platform else None
@@ -51,6 +57,9 @@ async def pull(request: requests.Pull, channel: Channel, services: Services) -> 
 
 async def query(request: requests.Query, channel: Channel, services: Services) -> AgentResponse:
     image = await stored_image(request.image, services, ErrorCode.QUERY_FAILED)
+    if services.config.packed_layers is not None:
+        # There is no end to the names that it may be asked for by.
+        return responses.Ok(image.info())
     return responses.Ok(services.images.value.answers.of(image))
 
 
@@ -58,6 +67,9 @@ async def list_images(
     request: requests.ListImages, channel: Channel, services: Services
 ) -> AgentResponse:
     images = await services.images.passed(ErrorCode.LIST_FAILED)
+    if images.packed is not None:
+        image = await images.packed.image(DIGEST_OF_PACKED, ErrorCode.LIST_FAILED)
+        return responses.Ok([image.info()])
     return responses.Ok(images.answers.of_all())
 
 
@@ -85,6 +97,8 @@ async def export_layer(
     request: requests.ExportLayer, channel: Channel, services: Services
 ) -> AgentResponse:
     images = await services.images.passed(ErrorCode.EXPORT_FAILED)
+    if images.packed is not None and request.image_digest == DIGEST_OF_PACKED:
+        await images.packed.image(DIGEST_OF_PACKED, ErrorCode.EXPORT_FAILED)
 
     async def send(block: bytes) -> None:
         await channel.send(responses.DataChunk(block, done=False))
@@ -113,12 +127,25 @@ def parse(image: str, code: ErrorCode) -> Reference:
         raise AgentError(code, str(error)) from error
 
 
+async def packed_image(services: Services, code: ErrorCode) -> PackedImage | None:
+    """What all references mean, where there is a share of packed layers.
+
+    Raises:
+        AgentError: ``code``, for storage that is not up.
+    """
+    if services.config.packed_layers is None:
+        return None
+    return (await services.images.passed(code)).packed
+
+
 async def stored_image(image: str, services: Services, code: ErrorCode) -> StoredImage:
-    """The image of any spelling of its reference, from the store alone.
+    """The image of any spelling of its reference, from the store alone; or the share's, of any.
 
     Raises:
         AgentError: NOT_FOUND, or ``code`` for a bad reference and for storage that is not up.
     """
+    if (packed := await packed_image(services, code)) is not None:
+        return await packed.image(image, ErrorCode.NOT_FOUND)
     reference = parse(image, code)
     images = await services.images.passed(code)
     found = images.store.find(reference)
@@ -132,6 +159,10 @@ async def image_in_use(
     image: str, services: Services, code: ErrorCode
 ) -> AsyncIterator[StoredImage]:
     """The same, whose layers no collection takes away until the block is left."""
+    if services.config.packed_layers is not None:
+        # No collection takes that one.
+        yield await stored_image(image, services, code)
+        return
     while True:
         found = await stored_image(image, services, code)
         async with services.images.value.claims.held(OverlayRecord.of(found).digests):

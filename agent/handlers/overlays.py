@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from agent.channel import Channel
-from agent.handlers.images import parse
+from agent.handlers.images import packed_image, parse
+from agent.images.content_store import StoredImage
 from agent.services import Services
 from protocol import AgentResponse, requests, responses
 from protocol.errors import ErrorCode
@@ -13,10 +14,14 @@ async def prepare_overlay(
     request: requests.PrepareOverlay, channel: Channel, services: Services
 ) -> AgentResponse:
     code = ErrorCode.OVERLAY_FAILED
-    reference = parse(request.image, code)
-    images = await services.images.passed(code)
-    # An overlay that exists is pinned to its layers, and needs the image no more.
-    image = images.store.find(reference)
+    if (packed := await packed_image(services, code)) is not None:
+        images = await services.images.passed(code)
+        image: StoredImage | None = await packed.image(request.image, code)
+    else:
+        reference = parse(request.image, code)
+        images = await services.images.passed(code)
+        # An overlay that exists is pinned to its layers, and needs the image no more.
+        image = images.store.find(reference)
     return responses.Ok(await images.overlays.prepare(image, request.workload_id))
 
 

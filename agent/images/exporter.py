@@ -13,6 +13,8 @@ from agent.images.claims import LayerClaims
 from agent.images.content_store import ContentStore, StoredImage, StoredLayer
 from agent.images.layer import LayerStore
 from agent.images.layer_tar import DamagedTar
+from agent.images.packed_image import PackedImage
+from agent.images.packed_share import unpacked_id
 from protocol.errors import ErrorCode
 
 # Each holds one only while it reads a block, and none while its host is slow to read.
@@ -30,6 +32,7 @@ class LayerExporter:
     store: ContentStore
     layers: LayerStore
     claims: LayerClaims
+    packed: PackedImage | None = None
     _limiter: trio.CapacityLimiter = attrs.field(
         factory=lambda: trio.CapacityLimiter(_THREADS), init=False
     )
@@ -46,6 +49,12 @@ class LayerExporter:
         """
         image = self._find(config_digest, layer_index)
         layer = image.layers[layer_index]
+        if (directory := unpacked_id(layer.digest, layer.diff_id)) is not None:
+            raise AgentError(
+                ErrorCode.EXPORT_FAILED,
+                f"export layer {layer.digest}: the share of packed layers has it as the directory "
+                f"{directory!r}, and not as a tar; the host has it already",
+            )
         async with self.claims.held({layer.digest, layer.diff_id}):
             # A collection that was under way may have taken it.
             image = self._find(config_digest, layer_index)
@@ -90,6 +99,8 @@ class LayerExporter:
 
     def _find(self, config_digest: str, layer_index: int) -> StoredImage:
         image = self.store.by_config_digest(config_digest)
+        if image is None and self.packed is not None:
+            image = self.packed.by_config_digest(config_digest)
         if image is None:
             raise AgentError(
                 ErrorCode.NOT_FOUND,

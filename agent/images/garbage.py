@@ -15,6 +15,7 @@ from agent.images.content_store import ContentStore, Tag
 from agent.images.layer import LayerStore
 from agent.images.overlay import Overlays
 from agent.images.overlay_record import OverlayRecord
+from agent.images.packed_image import PackedImage
 from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ class GarbageCollector:
     layers: LayerStore
     overlays: Overlays
     claims: LayerClaims
+    packed: PackedImage | None = None
+    """The image of a share, which is forgotten by nobody."""
 
     async def collect(self, *, dry_run: bool = False, purge_all: bool = False) -> Collection:
         """Remove what nothing refers to, with ``purge_all`` after forgetting all images.
@@ -121,7 +124,7 @@ class GarbageCollector:
 
     def _look(self) -> tuple[Stored, set[OverlayRecord]]:
         try:
-            pins = self.overlays.pins()
+            pins = self.overlays.pins() | (self.packed.pins() if self.packed is not None else set())
         except OSError as error:
             raise AgentError(
                 ErrorCode.GC_FAILED,

@@ -6,7 +6,8 @@
     erofs/<…>.partial                   being built, or left by a crash
     layers/<hex of the blob's digest>   where it is mounted, read-only
 
-The blob's digest names the mount because hosts look there for what `ImageInfo.layers` lists.
+The blob's digest names the mount because hosts look there for what `ImageInfo.layers` lists. So
+does the name of a directory in a packed share (`packed_share.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from agent.images.atomic_file import Naming
@@ -138,14 +140,21 @@ class LayerStore:
 
     def mount(self, blob_digest: str, diff_id: str) -> Path:
         """Mount a layer that was built, unless it is mounted; where."""
-        directory = self.directory(blob_digest)
+        make = partial(detached_mount, self._image(diff_id), self._tar(diff_id))
+        return self._attach(self.directory(blob_digest), make)
+
+    def attach(self, name: str, make: Callable[[], int]) -> Path:
+        """Have what ``make`` mounts among the layers, as ``name``, unless it is there; where."""
+        return self._attach(self._mounts / name, make)
+
+    def _attach(self, directory: Path, make: Callable[[], int]) -> Path:
         with self._mounting:
             try:
                 if is_mount_root(directory):
                     return directory
             except FileNotFoundError:
                 directory.mkdir()
-            with closing(detached_mount(self._image(diff_id), self._tar(diff_id))) as mount_fd:
+            with closing(make()) as mount_fd:
                 move_mount(mount_fd, directory)
         return directory
 

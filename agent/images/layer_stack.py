@@ -7,6 +7,7 @@ would be another than the layers below say. Those are put right in the overlay's
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -120,7 +121,7 @@ def _look_up(layer: Path, path: bytes) -> tuple[bool, bool]:
             return False, last
         if not stat.S_ISDIR(status.st_mode):
             return False, True
-        last = last or _OPAQUE in os.listxattr(directory)
+        last = last or _OPAQUE in _attributes(directory)
     return True, last
 
 
@@ -134,6 +135,16 @@ def _copy_attributes(source: Path, target: Path) -> None:
     status = source.stat()
     os.chown(target, status.st_uid, status.st_gid)
     target.chmod(stat.S_IMODE(status.st_mode))
-    for name in os.listxattr(source):
+    for name in _attributes(source):
         if not name.startswith(_OF_OVERLAYFS):
             os.setxattr(target, name, os.getxattr(source, name))
+
+
+def _attributes(path: Path) -> list[str]:
+    try:
+        return os.listxattr(path)
+    except OSError as error:
+        # A share of the host's may have none.
+        if error.errno != errno.ENOTSUP:
+            raise
+        return []

@@ -27,8 +27,10 @@ from agent.images.claims import LayerClaims
 from agent.images.content_store import StoredImage
 from agent.images.layer import LayerStore
 from agent.images.layer_stack import LayerStack, StackedLayer
+from agent.images.overlay_layers import OverlayLayers
 from agent.images.overlay_record import OverlayRecord, read_record, write_record
 from agent.images.overlay_users import containers_on
+from agent.images.packed_share import PackedShare
 from agent.images.tree_removal import remove_tree
 from agent.images.workload_id import InvalidWorkloadId, check_workload_id
 from agent.linux.mount import (
@@ -63,7 +65,7 @@ _THREADS = 16
 
 
 class Overlays:
-    """The overlays in ``storage_dir``/overlays, made of the layers in ``layers``.
+    """The overlays in ``storage_dir``/overlays, made of the layers in ``layers``, and in ``share``.
 
     What has no record on the disk, or none yet, is among ``claims``.
 
@@ -72,10 +74,14 @@ class Overlays:
     """
 
     def __init__(
-        self, storage_dir: Path, layers: LayerStore, claims: LayerClaims | None = None
+        self,
+        storage_dir: Path,
+        layers: LayerStore,
+        claims: LayerClaims | None = None,
+        share: PackedShare | None = None,
     ) -> None:
         self._directory = storage_dir.absolute() / "overlays"
-        self._layers = layers
+        self._layers = OverlayLayers(layers, share)
         self._claims = claims or LayerClaims()
         self._locks: dict[str, trio.Lock] = {}
         self._limiter = trio.CapacityLimiter(_THREADS)
@@ -222,7 +228,7 @@ class Overlays:
         for digest, diff_id in record.layers:
             try:
                 directory = self._layers.mount(digest, diff_id)
-                stacked.append(StackedLayer(directory, self._layers.marks(diff_id)))
+                stacked.append(StackedLayer(directory, self._layers.marks(digest, diff_id)))
             except FileNotFoundError as error:
                 raise AgentError(
                     ErrorCode.OVERLAY_FAILED,

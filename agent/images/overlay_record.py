@@ -11,6 +11,7 @@ import orjson
 from agent.images.atomic_file import write_atomically
 from agent.images.content_store import StoredImage
 from agent.images.manifest import DIGEST
+from agent.images.packed_share import unpacked_id
 
 _NAME = "overlay.json"
 
@@ -19,7 +20,8 @@ _NAME = "overlay.json"
 class OverlayRecord:
     """The image that an overlay is pinned to, whatever its reference means later.
 
-    ``layers`` are (blob digest, diff_id), bottom first.
+    ``layers`` are (blob digest, diff_id), bottom first; or what stands for these where the layer is
+    a directory of a packed share.
     """
 
     reference: str
@@ -51,7 +53,7 @@ def read_record(directory: Path) -> OverlayRecord | None:
     try:
         document = orjson.loads(data)
         layers = tuple((layer["digest"], layer["diff_id"]) for layer in document["layers"])
-        if not all(DIGEST.fullmatch(digest) for layer in layers for digest in layer):
+        if not all(all(map(DIGEST.fullmatch, layer)) or unpacked_id(*layer) for layer in layers):
             raise ValueError("a layer without digest")
         return OverlayRecord(str(document["reference"]), str(document["config_digest"]), layers)
     except (KeyError, TypeError, ValueError) as error:

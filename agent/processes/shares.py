@@ -66,11 +66,22 @@ class Shares:
         """
         for each in self.at_boot:
             try:
-                _mount_in_vm(self.bind(each))
+                self.mount_in_vm(each)
             except AgentError as error:
                 log.error("%s", error.message)
-            except OSError as error:
-                log.error("%s", _failed(each, cause_of(error)).message)
+
+    def mount_in_vm(self, wanted: Mount) -> Path:
+        """Have a share at its path in the VM; where it is mounted whole. Blocks.
+
+        Raises:
+            AgentError: MOUNT_FAILED, as ``bind``.
+        """
+        try:
+            bind = self.bind(wanted)
+            _mount_in_vm(bind)
+        except OSError as error:
+            raise _failed(wanted, cause_of(error)) from error
+        return Path(bind.source)
 
     def claiming(self, place: Path) -> Path | None:
         """The share that is mounted there at boot, if one is."""

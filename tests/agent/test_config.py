@@ -90,6 +90,23 @@ def test_a_mount_of_the_launcher_that_is_none_is_named(
     assert AgentConfig.from_boot("", environ, []).problems == (says,)
 
 
+def test_the_smolvm_launcher_names_the_share_of_packed_layers() -> None:
+    for environ, cmdline in (
+        ({"SMOLVM_PACKED_LAYERS": "smolvm_layers:/packed_layers"}, ""),
+        ({}, "innkeep.packed_layers=smolvm_layers:/packed_layers"),
+    ):
+        config = AgentConfig.from_boot(cmdline, environ, [])
+        assert config.packed_layers == Mount("smolvm_layers", "/packed_layers", read_only=True)
+    assert AgentConfig.from_boot("", {}, []).packed_layers is None
+
+
+@pytest.mark.parametrize("text", ["tag", "tag:path", ":/path", "/path"])
+def test_a_share_of_packed_layers_that_is_none_is_named(text: str) -> None:
+    config = AgentConfig.from_boot("", {"SMOLVM_PACKED_LAYERS": text}, [])
+    says = f"SMOLVM_PACKED_LAYERS={text}: expected TAG:PATH"
+    assert (config.problems, config.packed_layers) == ((says,), None)
+
+
 def test_init_tells_which_disks_the_root_is_on() -> None:
     config = AgentConfig.from_boot("", {"INNKEEP_ROOT_DISKS": " /mnt/root /oldroot"}, [])
     assert config.root_disks == (Path("/mnt/root"), Path("/oldroot"))

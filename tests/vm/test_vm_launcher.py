@@ -10,6 +10,7 @@ import trio
 from protocol import requests, responses
 from protocol.client import AgentClient, open_client
 from protocol.values import Mount
+from tests.support import trees
 from tests.support.commands import run as run_program
 from tests.support.execution import pull, run, shell
 from tests.support.images import Images
@@ -98,6 +99,11 @@ async def test_a_share_is_the_root_and_disks_have_places(
 
 
 async def test_a_disk_is_the_root_and_is_left_in_good_order(tmp_path: Path) -> None:
+    layers = tmp_path / "layers"
+    (layers / "base").mkdir(parents=True)
+    trees.busybox(layers / "base")
+    (layers / "numbered.tar").write_bytes(trees.archive(trees.numbered(7)))
+    (layers / "layer-order").write_text("numbered\nbase\n")
     root = tmp_path / "root.img"
     with root.open("wb") as file:
         file.truncate(256 << 20)
@@ -105,8 +111,9 @@ async def test_a_disk_is_the_root_and_is_left_in_good_order(tmp_path: Path) -> N
     storage = empty_disk(tmp_path, mib=64)
     with launched(
         tmp_path / "vm",
-        env={"SMOLVM_SSH_AGENT": "1"},
+        env={"SMOLVM_SSH_AGENT": "1", "SMOLVM_PACKED_LAYERS": "layers:/packed_layers"},
         disks=[storage],
+        shares={"layers": layers},
         root_disk=root,
         program="/sbin/init",
     ) as machine:
@@ -116,6 +123,10 @@ async def test_a_disk_is_the_root_and_is_left_in_good_order(tmp_path: Path) -> N
             assert "/dev/vdb / ext4\n" in mounts
             assert "/dev/vda /storage ext4\n" in mounts
             assert "overlay" not in mounts
+            done = await run(client, "what ever:::", "cat", "/layers/top", "/etc/passwd")
+            assert done.stdout == b"7\n" + (layers / "base/etc/passwd").read_bytes()
+            assert (await pull(client, "x"))["digest"] == "packed"
+            assert "layer-order\n" in await shell(client, "ls /packed_layers")
             assert await shell(client, "echo kept >/etc/note; echo $SSH_AUTH_SOCK") == (
                 "/tmp/ssh-agent.sock\n"
             )
