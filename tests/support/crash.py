@@ -4,6 +4,10 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 
+import pytest
+
+from protocol.client import AgentClient, ConnectionFailed, open_client
+from tests.support.execution import execute
 from tests.support.machine import Machine
 from tests.support.watch import until
 
@@ -11,10 +15,20 @@ SERVING = "serving on"
 
 
 async def kill_agent(machine: Machine) -> None:
-    """kill -9, and wait until its successor serves."""
+    """kill -9, and wait until its successor serves; in a VM it is told to do it itself."""
     serving = successor(machine)
-    os.kill(machine.agent_pid(), signal.SIGKILL)
+    if machine.is_vm:
+        async with open_client(machine.address) as client:
+            await kill_by(client)
+    else:
+        os.kill(machine.agent_pid(), signal.SIGKILL)
     await serving()
+
+
+async def kill_by(client: AgentClient) -> None:
+    """Have the agent of a VM killed by a command of its own, and the connection with it."""
+    with pytest.raises(ConnectionFailed):
+        await execute(client, "sh", "-c", "kill -9 $(cat /sys/fs/cgroup/agent/cgroup.procs)")
 
 
 def successor(machine: Machine) -> Callable[[], Awaitable[None]]:

@@ -39,6 +39,11 @@ class Machine:
     registry_host: str
     _process: "subprocess.Popen[bytes]"
 
+    @property
+    def is_vm(self) -> bool:
+        """Whether it has a kernel of its own."""
+        return not self.address.startswith("unix:")
+
     def console_text(self) -> str:
         return self.console.read_text(errors="replace")
 

@@ -6,11 +6,11 @@ import pytest
 import trio
 
 from protocol import encode, encode_frame, requests, responses
-from protocol.client import AgentClient, ConnectionFailed, open_client
+from protocol.client import AgentClient, open_client
+from tests.support.crash import kill_by, successor
 from tests.support.execution import execute, lifeline, pull, run, shell
 from tests.support.images import Images
 from tests.support.machine import LOOPBACK_IN_VM, Machine
-from tests.support.watch import until
 from tests.support.wire import open_wire
 
 # Under emulation a boot takes seconds, and so does a container.
@@ -160,13 +160,12 @@ async def test_an_agent_that_is_killed_is_back_within_3_s_with_its_images(
     vm: Machine, images: Images
 ) -> None:
     image = images.busybox.reference_from(LOOPBACK_IN_VM)
-    served = vm.console_text().count("serving on")
+    serving = successor(vm)
     async with open_client(vm.address) as client:
         info = await pull(client, image)
         begun = time.monotonic()
-        with pytest.raises(ConnectionFailed):
-            await execute(client, "sh", "-c", "kill -9 $(cat /sys/fs/cgroup/agent/cgroup.procs)")
-    await until(lambda: vm.console_text().count("serving on") > served, vm.console)
+        await kill_by(client)
+    await serving()
     async with open_client(vm.address) as client:
         assert isinstance(await client.request(requests.Ping()), responses.Pong)
         assert time.monotonic() - begun < 3

@@ -121,7 +121,7 @@ async def test_a_diagnosis_of_a_vm_has_no_part_missing(vm: Machine, vm_client: A
     assert told.versions.image == manifest["key"]
     assert told.versions.kernel.startswith("6.12.")
     assert {each.name for each in told.boot.steps} == {
-        *("agent", "serving", "services", "storage", "network", "ready")
+        *("agent", "config", "listening", "serving", "services", "storage", "network", "doorbell")
     }
     assert (told.storage.ready, told.storage.device) == (True, "/dev/vda")
     assert told.disks is not None

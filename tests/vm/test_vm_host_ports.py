@@ -7,8 +7,8 @@ import pytest
 import trio
 from attrs import frozen
 
-from protocol.client import AgentClient, ConnectionFailed, open_client
-from tests.support.crash import SERVING
+from protocol.client import AgentClient, open_client
+from tests.support.crash import kill_agent, kill_by
 from tests.support.execution import execute, pull, run, shell
 from tests.support.host_ports import HostPorts
 from tests.support.images import Images
@@ -103,11 +103,6 @@ async def client(hosted: Hosted) -> AsyncIterator[AgentClient]:
         yield connection
 
 
-async def kill_agent(client: AgentClient) -> None:
-    with pytest.raises(ConnectionFailed):
-        await shell(client, "kill -9 $(cat /sys/fs/cgroup/agent/cgroup.procs)")
-
-
 async def test_the_hosts_keys_are_listed_in_a_container_and_after_the_agents_death(
     hosted: Hosted, client: AgentClient, tmp_path: Path
 ) -> None:
@@ -117,10 +112,7 @@ async def test_the_hosts_keys_are_listed_in_a_container_and_after_the_agents_dea
         assert (await run(client, hosted.image, *LIST)).stdout.decode() == key
         stays = {"persistent_overlay_id": "stays"}
         assert (await run(client, hosted.image, *LIST, **stays)).stdout.decode() == key
-        vm = hosted.machine
-        served = vm.console_text().count(SERVING)
-        await kill_agent(client)
-        await until(lambda: vm.console_text().count(SERVING) > served, vm.console, PATIENCE_S)
+        await kill_agent(hosted.machine)
         async with open_client(hosted.machine.address) as anew:
             assert (await run(anew, hosted.image, *LIST, **stays)).stdout.decode() == key
 
@@ -151,7 +143,7 @@ async def test_a_shared_root_is_marked_when_the_vm_is_ready(
     hosted: Hosted, client: AgentClient
 ) -> None:
     await shell(client, "mkdir -p /oldroot && mount -t virtiofs root /oldroot")
-    await kill_agent(client)
+    await kill_by(client)
     marker = hosted.share / ".smolvm-ready"
     await until(marker.exists, hosted.share, PATIENCE_S)
     told = int(marker.read_text())

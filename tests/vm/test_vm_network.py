@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from protocol import decode_value, requests, responses
-from protocol.client import AgentClient, ConnectionFailed, open_client
+from protocol.client import AgentClient, open_client
 from protocol.values import NetworkReport
+from tests.support.crash import kill_by
 from tests.support.execution import pull, shell
 from tests.support.http_server import http_server
 from tests.support.images import Images
@@ -56,8 +57,7 @@ async def test_addresses_of_both_families_stay_over_the_agents_death_and_so_does
             pid = await shell(client, "pidof udhcpc")
             reference = images.busybox.reference_from(LOOPBACK_IN_VM)
             await pull(client, reference.replace(vm_registry, "mirrored.invalid"))
-            with pytest.raises(ConnectionFailed):
-                await shell(client, "kill -9 $(cat /sys/fs/cgroup/agent/cgroup.procs)")
+            await kill_by(client)
         await until(lambda: machine.console_text().count(settled) == 2, machine.console, PATIENCE_S)
         await is_on_the_network(machine, ADDRESS_6)
         async with open_client(machine.address) as client:

@@ -15,13 +15,13 @@ import trio
 from attrs import evolve, frozen
 
 from protocol import requests, responses
-from protocol.client import AgentClient, ConnectionFailed, open_client
+from protocol.client import AgentClient, open_client
 from tests.protocol.sessions import pattern
+from tests.support.crash import kill_agent
 from tests.support.execution import execute, lifeline, pull, run, shell
 from tests.support.images import Images
 from tests.support.machine import LOOPBACK_IN_VM, Machine, booted
 from tests.support.run_sessions import session
-from tests.support.watch import until
 from tests.vm.conftest import empty_disk
 
 pytestmark = pytest.mark.timeout(180)
@@ -200,17 +200,6 @@ def small_command(request: pytest.FixtureRequest, small: Commands) -> Commands:
 async def small_client(small: Commands) -> AsyncIterator[AgentClient]:
     async with open_client(small.machine.address) as client:
         yield client
-
-
-async def kill_agent(machine: Machine) -> None:
-    """kill -9, and wait until its successor serves."""
-    served = machine.console_text().count("serving on")
-    async with open_client(machine.address) as client:
-        with pytest.raises(ConnectionFailed):
-            await shell(client, "kill -9 $(cat /sys/fs/cgroup/agent/cgroup.procs)")
-    await until(
-        lambda: machine.console_text().count("serving on") > served, machine.console, within_s=60
-    )
 
 
 async def finished(

@@ -12,12 +12,12 @@ from attrs import frozen
 from protocol import requests, responses
 from protocol.client import AgentClient, open_client
 from protocol.values import Mount
+from tests.support.crash import kill_agent
 from tests.support.execution import pull, refusal, run, shell
 from tests.support.files import begin, read, send, upload
 from tests.support.images import Images
 from tests.support.machine import LOOPBACK_IN_VM, PROJECT, Machine, booted
 from tests.support.watch import until
-from tests.vm.test_vm_processes import kill_agent
 
 pytestmark = pytest.mark.timeout(180)
 
