@@ -115,7 +115,7 @@ class LayerTransfer:
                 self._download(partial, stream)
                 built = stream.finish()
             except (DamagedBlob, LayerError) as error:
-                if is_full_disk(error):
+                if _is_of_this_machine(error):
                     raise  # what was fetched is not to blame
                 partial.discard()
                 if self._client.blame(layer.digest) or resumed:
@@ -212,6 +212,15 @@ def _unless_cancelled() -> Iterator[None]:
     except LayerError:
         trio.from_thread.check_cancelled()
         raise
+
+
+def _is_of_this_machine(error: BaseException | None) -> bool:
+    """Whether an error comes from the operating system, as of a disk or a loop device."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return True
+        error = error.__cause__
+    return False
 
 
 def is_full_disk(error: BaseException | None) -> bool:

@@ -9,7 +9,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Documentation/admin-guide/devices.txt
 LOOP_MAJOR = 7
@@ -69,5 +69,7 @@ def _opened(name: str, number: int) -> int:
         return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         # The driver has just made the device, and a /dev that is no devtmpfs has no node for it.
-        os.mknod(name, stat.S_IFBLK | 0o600, os.makedev(LOOP_MAJOR, number))
+        # Another thread may have got the same number, which is free until one of them takes it.
+        with suppress(FileExistsError):
+            os.mknod(name, stat.S_IFBLK | 0o600, os.makedev(LOOP_MAJOR, number))
         return os.open(name, os.O_RDONLY | os.O_CLOEXEC)

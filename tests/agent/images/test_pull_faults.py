@@ -318,6 +318,22 @@ async def test_the_beginning_that_an_earlier_pull_left_is_used_if_it_is_one(
     assert not [path for path in pulling.files() if path.startswith("ingest")]
 
 
+async def test_what_was_fetched_is_kept_where_this_machine_is_to_blame(
+    pulling: Pulling, server: MisbehavingRegistry
+) -> None:
+    layer = gzip_layer(noise("one").blob)
+    server.add_image("latest", [layer])
+    with pulling.store.blobs.open_partial(layer.digest) as partial:
+        partial.append(layer.blob[:5000])
+    pulling.restart()
+    pulling.layers.failure = OSError(errno.EBUSY, "Device or resource busy")
+    await pulling.refused(server.reference())
+    pulling.layers.failure = None
+    await pulling.pull(server.reference())
+    ranges = [request.headers.get("Range") for request in server.requests_for(blob(layer))]
+    assert ranges == ["bytes=5000-"]
+
+
 # A full disk
 
 
