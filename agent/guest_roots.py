@@ -24,7 +24,7 @@ from agent.processes.standing import StandingContainers
 from protocol.errors import ErrorCode
 
 if TYPE_CHECKING:
-    from agent.services import Images
+    from agent.image_services import Images
 
 log = logging.getLogger(__name__)
 

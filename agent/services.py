@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,19 +17,7 @@ from agent.errors import AgentError, cause_of, failing_as
 from agent.files.journal import Journal
 from agent.gate import Gate
 from agent.guest_roots import GuestRoots
-from agent.image_answers import ImageAnswers
-from agent.images.claims import LayerClaims
-from agent.images.content_store import ContentStore
-from agent.images.exporter import LayerExporter
-from agent.images.flattener import LayerFlattener
-from agent.images.garbage import GarbageCollector
-from agent.images.layer import LayerStore
-from agent.images.overlay import Overlays
-from agent.images.packed_image import PackedImage
-from agent.images.packed_share import PackedShare
-from agent.images.puller import Puller
-from agent.images.registries import RegistrySettings
-from agent.images.registry_hosts import problems
+from agent.image_services import Images, open_images
 from agent.introspection import Introspection
 from agent.later import Later
 from agent.network.host import Host
@@ -61,25 +48,6 @@ _WORTH_TRIMMING_BYTES = 64 << 20
 WORKSPACE_MOUNT = Path("/workspace")
 # Where init has put the agent.
 CGROUP_OF_AGENT = Path("/sys/fs/cgroup/agent")
-
-
-@attrs.frozen
-class Images:
-    """Everything that needs the storage to be mounted."""
-
-    store: ContentStore
-    layers: LayerStore
-    overlays: Overlays
-    puller: Puller
-    claims: LayerClaims
-    garbage: GarbageCollector
-    journal: Journal
-    """Of uploads, which a crash may leave behind."""
-    exporter: LayerExporter
-    answers: ImageAnswers
-    flattener: LayerFlattener
-    packed: PackedImage | None
-    """What all references mean, where there is a share of packed layers."""
 
 
 @attrs.define(eq=False)
@@ -159,43 +127,7 @@ class Services:
 
     def _open_images(self) -> Images:
         self.disk.bring_up()
-        storage = self.config.storage_dir
-        claims = LayerClaims()
-        with failing_as(ErrorCode.MOUNT_FAILED, f"open the images in {storage}"):
-            store = ContentStore(storage)
-            layers = LayerStore(storage, mkfs_erofs=self.config.mkfs_erofs)
-            known = [layer for image in store.images() for layer in image.layers]
-            refused = layers.mount_all((layer.digest, layer.diff_id) for layer in known)
-            for digest, error in refused.items():
-                log.error("mount layer %s: %s", digest, cause_of(error))
-            share, packed = None, None
-            if (wanted := self.config.packed_layers) is not None:
-                share = PackedShare(partial(self.shares.mount_in_vm, wanted))
-                packed = PackedImage(share, store, layers, claims, storage / "packed.json")
-            overlays = Overlays(storage, layers, claims, share)
-            journal = Journal(storage / "uploads")
-        settings = RegistrySettings(
-            insecure=self.config.insecure_registries,
-            ca_files=self.config.registry_ca_files,
-            hosts_dir=self.config.hosts_dir,
-        )
-        for problem in problems(settings.hosts_dir) if settings.hosts_dir else ():
-            log.error("registries: %s", problem)
-        puller = Puller(store, layers, settings, claims)
-        garbage = GarbageCollector(store, layers, overlays, claims, packed)
-        return Images(
-            store,
-            layers,
-            overlays,
-            puller,
-            claims,
-            garbage,
-            journal,
-            exporter=LayerExporter(store, layers, claims, packed),
-            answers=ImageAnswers(store),
-            flattener=LayerFlattener(store.blobs, layers, claims),
-            packed=packed,
-        )
+        return open_images(self.config, self.shares)
 
     async def _storage_problem(self) -> str | None:
         """Why what is stored cannot be had, if it cannot."""
