@@ -47,6 +47,8 @@ class LayerStore:
         self._mounting = threading.Lock()
         self._marks: dict[str, Marks] = {}
         self._builds: set[LayerBuild] = set()
+        self._whole: set[str] = set()
+        """The layers that were seen to be there: nobody else removes any."""
         self._damaged: dict[str, int] = {}
         """The tars, by diff_id, that the disk has damaged, with their inodes' numbers."""
         for directory in (self._images, self._mounts):
@@ -55,11 +57,16 @@ class LayerStore:
 
     def has(self, diff_id: str) -> bool:
         """Whether the layer was built; then it is whole."""
+        if diff_id in self._whole:
+            return True
         try:
             inode = self._tar(diff_id).stat().st_ino
         except FileNotFoundError:
             return False
-        return self._image(diff_id).exists() and self._damaged.get(diff_id) != inode
+        if not self._image(diff_id).exists() or self._damaged.get(diff_id) == inode:
+            return False
+        self._whole.add(diff_id)
+        return True
 
     @contextmanager
     def tar(self, diff_id: str) -> Iterator[LayerTar]:
@@ -76,6 +83,7 @@ class LayerStore:
         except DamagedTar:
             with suppress(FileNotFoundError):
                 self._damaged[diff_id] = path.stat().st_ino
+            self._whole.discard(diff_id)
             raise
 
     def sizes(self) -> dict[str, int]:
@@ -127,6 +135,7 @@ class LayerStore:
 
     def remove(self, diff_id: str) -> int:
         """Forget a layer; the bytes that this frees, now or when it is unmounted."""
+        self._whole.discard(diff_id)
         files = (self._image(diff_id), self._tar(diff_id))
         freed = _bytes_of(*files)
         for path in files:
