@@ -195,12 +195,16 @@ class Puller:
             if known is not self._store.find_tag(question.reference):
                 # A collection has just taken it away.
                 known = None
-            image = await telling(
-                partial(self._resolve_again, question, known, ask, on_progress)
-                if known is not None
-                else partial(ask, None, retry.PULL),
-                partial(report_waiting, f"Resolving {question.reference}", on_progress),
-            )
+            report = partial(report_waiting, f"Resolving {question.reference}", on_progress)
+            if known is None:
+                image = await telling(partial(ask, None, retry.PULL), report)
+            else:
+                again = partial(self._resolve_again, question, known, ask)
+                image, cause = await telling(again, report)
+                # Not before the report has stopped, whose last word would come after this.
+                if cause is not None:
+                    message = f"{question.reference}: {cause}; taking the image in the store"
+                    await on_progress(PullProgress(message))
             async with claims.held(image.digests):
                 yield image
 
@@ -209,23 +213,19 @@ class Puller:
         question: Question,
         known: Tag,
         ask: Callable[[Tag | None, retry.RetryPolicy], Awaitable[ResolvedImage]],
-        on_progress: OnProgress,
-    ) -> ResolvedImage:
-        """Ask whether a tag has moved, but do not need an answer."""
+    ) -> tuple[ResolvedImage, str | None]:
+        """Ask whether a tag has moved, but do not need an answer; why there was none, if so."""
         if question.reference.digest is not None:
-            return ResolvedImage.of(known)
+            return ResolvedImage.of(known), None
         cause = f"no answer within {_PATIENCE_S} s"
         try:
             with trio.move_on_after(_PATIENCE_S):
-                return await ask(known, _ONE_ATTEMPT)
+                return await ask(known, _ONE_ATTEMPT), None
         except RegistryError as error:
             if not (error.transient or error.unreachable):
                 raise
             cause = str(error)
-        await on_progress(
-            PullProgress(f"{question.reference}: {cause}; taking the image in the store")
-        )
-        return ResolvedImage.of(known)
+        return ResolvedImage.of(known), cause
 
     def _name_fitting(self, question: Question, image: ResolvedImage) -> StoredImage:
         try:
