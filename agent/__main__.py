@@ -5,6 +5,7 @@ exec, and everything heavy (trio, cattrs, argparse, even the socket module) is i
 """
 
 import _socket  # the socket module itself costs several milliseconds under emulation
+import errno
 import gc
 import os
 import sys
@@ -15,6 +16,11 @@ from agent.bootwords import DEFAULT_LISTEN, kernel_words, listen_argument, varia
 # Hosts probe a booting VM every 20 ms, each time on a connection of its own.
 BACKLOG = 512
 
+# A child that an agent was just making when it was killed has the agent's sockets until it is
+# executed: no event tells when an address is free.
+PATIENCE_S = 5.0
+PAUSE_S = 0.02
+
 # protocol.constants.Port, which takes too long to import here.
 WORKLOAD_PORTS = (5000, 5001)
 
@@ -22,12 +28,24 @@ WORKLOAD_PORTS = (5000, 5001)
 def bind(address: str) -> _socket.socket:
     """A listening socket at ``unix:PATH`` or ``vsock:PORT`` (any CID of this machine).
 
-    A stale unix socket is replaced, a live one is not.
+    A stale unix socket is replaced, a live one is not. An address that is taken is waited for, up
+    to PATIENCE_S.
 
     Raises:
         ValueError: an address of another form.
         OSError: the address is taken, or the machine has no vsock.
     """
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return _bound(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > until:
+                raise
+        time.sleep(PAUSE_S)
+
+
+def _bound(address: str) -> _socket.socket:
     kind, _, where = address.partition(":")
     if kind == "unix" and where:
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)

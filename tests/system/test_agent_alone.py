@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import trio
@@ -52,6 +54,24 @@ async def prepare_overlay(agent: Machine, image: str) -> str:
     assert isinstance(answer, responses.Ok), answer
     assert isinstance(answer.data, dict)
     return str(answer.data["rootfs_path"])
+
+
+def test_an_address_that_the_agent_before_still_holds_is_waited_for(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind(str(tmp_path / "agent.sock"))
+        held.listen()
+
+        def let_go_when_asked() -> None:
+            # It has found it taken when it connects for the second time.
+            for _ in range(2):
+                held.accept()[0].close()
+            held.close()
+
+        holder = Thread(target=let_go_when_asked)
+        holder.start()
+        with agent_alone(tmp_path) as agent:
+            holder.join()
+            trio.run(ping, agent)
 
 
 def test_a_sigterm_ends_it_in_order(tmp_path: Path) -> None:
