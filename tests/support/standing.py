@@ -109,8 +109,13 @@ class Persistent:
 
 
 async def first_process(overlay: Persistent) -> str:
-    """The command line of the first process of the container that a run joins or starts."""
-    return (await overlay.shell("tr '\\0' ' ' </proc/1/cmdline")).strip()
+    """The command line of the first process of the container that a run joins or starts.
+
+    A container runs a moment before its first process is executed, and is crun's own until then,
+    whose end tells nobody inside.
+    """
+    script = "while grep -q ^crun /proc/1/cmdline; do :; done; tr '\\0' ' ' </proc/1/cmdline"
+    return (await overlay.shell(script)).strip()
 
 
 async def pid_namespace(overlay: Persistent) -> str:
