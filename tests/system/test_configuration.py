@@ -5,9 +5,10 @@ from pathlib import Path
 import trio
 
 from initramfs.local_registry import LocalRegistry
-from protocol import requests, responses
+from protocol import decode_value, requests, responses
 from protocol.client import open_client
 from protocol.errors import ErrorCode
+from protocol.machine import Diagnosis
 from tests.support.execution import execute, pull
 from tests.support.images import Images
 from tests.support.machine import booted
@@ -48,6 +49,12 @@ async def test_with_a_value_that_cannot_be_work_is_refused_with_it_until_the_shu
                 refused = await client.ask(request, responses.Error)
                 assert refused.code == ErrorCode.INVALID_REQUEST
                 assert refused.message == f"boot configuration: {pong.config_errors[0]}"
+            told = decode_value(
+                (await client.ask(requests.Diagnose(), responses.Ok)).data, Diagnosis
+            )
+            assert [each.message for each in told.log if each.level == "error"] == [
+                f"configuration: {pong.config_errors[0]}"
+            ]
             done = await client.ask(requests.Shutdown(), responses.Ok)
             assert done.data == {"shutdown": True}
         assert await trio.to_thread.run_sync(machine.wait) == 0

@@ -231,6 +231,8 @@ async def test_a_shutdown_ends_what_others_are_in_the_middle_of_and_tells_them(
             open_client(machine.address) as pulling,
             open_client(machine.address) as uploading,
             open_client(machine.address) as running,
+            open_client(machine.address) as late,
+            trio.open_nursery() as nursery,
         ):
             await pulling.send(requests.Pull(image=images.large.reference))
             assert isinstance(await pulling.receive(), responses.Progress)
@@ -240,12 +242,22 @@ async def test_a_shutdown_ends_what_others_are_in_the_middle_of_and_tells_them(
             assert isinstance(await uploading.receive(), responses.Ok)
             await running.send(requests.VmExec(command=("sleep", "1000"), interactive=True))
             assert isinstance(await running.receive(), responses.Started)
-            answer = await client.request(requests.Shutdown())
-            assert answer == responses.Ok({"shutdown": True})
+            # It is there until it is killed, and so is the rest of the machine.
+            stubborn = "trap '' TERM; while :; do sleep 1000; done"
+            await execute(client, "sh", "-c", stubborn, background=True)
+
+            async def shut_down() -> None:
+                answer = await client.request(requests.Shutdown())
+                assert answer == responses.Ok({"shutdown": True})
+
+            nursery.start_soon(shut_down)
             for cut_off in (pulling, uploading):
                 while isinstance(last := await cut_off.receive(), responses.Progress):
                     pass
                 assert last == responses.Error("the agent is shutting down", "INVALID_REQUEST")
+            for request in (requests.VmExec(command=("true",)), requests.StorageStatus()):
+                assert await late.request(request) == last
+            assert isinstance(await late.request(requests.Ping()), responses.Pong)
             done = await running.receive()
             # Its processes are ended, and it is told how.
             assert isinstance(done, responses.Exited)

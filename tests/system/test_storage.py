@@ -68,3 +68,4 @@ async def test_without_a_disk_images_are_kept_in_memory(
             assert (await run(client, images.whiteouts.reference, "true")).exit_code == 0
             found = await status(client)
             assert (found["ready"], found["image_count"]) == (True, 1)
+            assert 0 < found["used_bytes"] < found["total_bytes"]

@@ -178,6 +178,13 @@ async def test_what_was_freed_goes_back_to_the_host(vm_client: AgentClient) -> N
         pytest.param(OURS, "-r", "MOUNT_FAILED: .* the disk is read-only", id="read-only"),
         pytest.param(":", "-r", "MOUNT_FAILED: .* the disk is read-only", id="read-only, empty"),
         pytest.param("mkswap $file >/dev/null", "", "FORMAT_FAILED: .* swap", id="swap"),
+        pytest.param(
+            # Larger blocks than the kernel's pages.
+            f"{OURS} -F -b 65536 2>/dev/null",
+            "",
+            "MOUNT_FAILED: mount .* as ext4: Invalid argument",
+            id="refused by the kernel",
+        ),
     ],
 )
 async def test_any_other_disk_is_named_and_left_as_it_is(
@@ -205,4 +212,15 @@ async def test_without_usable_storage_the_rest_of_the_agent_works(tmp_path: Path
             failed = await refusal(client, requests.FormatStorage())
             assert failed.code == "FORMAT_FAILED"
             assert "/dev/vda" in failed.message
-    assert disk.read_bytes() == content + bytes(16 * MIB - len(content))
+            assert disk.read_bytes() == content + bytes(16 * MIB - len(content))
+            # Somebody has it wiped, as the message says.
+            wipe = "for at in 0 15; do dd if=/dev/zero of=/dev/vda bs=1M count=1 seek=$at; done"
+            await shell(client, f"({wipe}) 2>&1")
+            assert await client.request(requests.FormatStorage()) == responses.Ok()
+            status = await client.request(requests.StorageStatus())
+            assert isinstance(status, responses.Ok)
+            assert isinstance(status.data, dict)
+            assert status.data["ready"] is True
+            assert await shell(client, "ls /storage; stat -f -c %T /storage") == (
+                "erofs\nlayers\nlost+found\noci\noverlays\nuploads\nworkspace\next2/ext3\n"
+            )

@@ -9,6 +9,7 @@ import trio
 
 from protocol import requests, responses
 from protocol.client import open_client
+from tests.support.commands import run as run_program
 from tests.support.execution import pull, run, shell
 from tests.support.images import Images
 from tests.support.machine import LOOPBACK_IN_VM, PROJECT, booted
@@ -32,6 +33,9 @@ async def test_a_vm_powers_off_and_the_next_one_finds_its_disk(
             prepared = await client.request(overlay)
             await shell(client, "echo kept >/storage/overlays/kept/merged/note")
             assert await client.request(requests.Shutdown()) == responses.Ok({"shutdown": True})
+            # From the answer on, a host may cut the power.
+            said = run_program("dumpe2fs", "-h", disk).decode()
+            assert "needs_recovery" not in said
         assert await trio.to_thread.run_sync(machine.wait) == 0
         assert "powering off" in machine.console_text()
     processes = set()
