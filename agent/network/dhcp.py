@@ -162,7 +162,8 @@ class Client:
             "LEASE": str(self.lease_file),
             "CHANGED": str(self._bell_file),
         }
-        # Its words go where the agent's go, and do not end with the agent.
+        # Its words go where the agent's go, and do not end with the agent. Like that it is never
+        # killed for memory, of which it takes no more than it begins with.
         console = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3)
         try:
             pid = posix_spawn(

@@ -7,8 +7,9 @@ import logging
 import os
 import select
 import signal
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import attrs
@@ -116,6 +117,10 @@ class Cgroup:
             found += filter(None, map(int, members))
         return found
 
+    def members(self) -> list[int]:
+        """Those that are in it now, and not below it. Raises OSError: it is gone."""
+        return [int(pid) for pid in _read(self.path / "cgroup.procs").split() if pid != "0"]
+
     def is_populated(self) -> bool:
         """Whether a process, even one that only waits for being reaped, is in it or below."""
         try:
@@ -143,6 +148,30 @@ class Cgroup:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
+
+    @contextmanager
+    def frozen(self, patience_s: float) -> Iterator[None]:
+        """Have nothing run in it and below for the block: nor is anything being forked there.
+
+        Blocks until that is so, for ``patience_s`` at most: what is stuck in the kernel goes on
+        when it comes back from there. Killed it can be all the while. Raises OSError: it is gone.
+        """
+        switch = self.path / "cgroup.freeze"
+        _write(switch, "1")
+        try:
+            self._wait_frozen(time.monotonic() + patience_s)
+            yield
+        finally:
+            _write(switch, "0")
+
+    def _wait_frozen(self, deadline: float) -> None:
+        with (self.path / "cgroup.events").open("rb", buffering=0) as events:
+            changes = select.poll()
+            changes.register(events, select.POLLPRI)
+            while b"frozen 0" in os.pread(events.fileno(), 4096, 0):
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or not changes.poll(left_s * 1000):
+                    break
 
     def terminate(self) -> None:
         """SIGTERM to every process that is in it now."""

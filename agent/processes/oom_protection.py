@@ -6,18 +6,21 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 
 import attrs
 
 from agent.errors import cause_of
+from agent.processes.cgroup import Cgroup
 
 log = logging.getLogger(__name__)
 
 # Documentation/filesystems/proc.rst, 3.1: never killed; neither more nor less than others.
 OOM_SCORE_ADJ_MIN = -1000
 OOM_SCORE_ADJ_OF_CHILDREN = 0
+
+# Only what a file system does not answer takes longer, and that forks nothing.
+_FREEZING_S = 1
 
 
 @attrs.frozen
@@ -50,7 +53,7 @@ class OomProtection:
                 log.warning("the agent may be killed for memory: %s", cause_of(error))
             yield protection
 
-    def unprotect(self, pid: int, cgroup: Path | None) -> None:
+    def unprotect(self, pid: int, cgroup: Cgroup | None) -> None:
         """Take the protection from a child that was just spawned, and from what it has forked.
 
         ``cgroup`` is where it was born, the first one there; nobody reaps the pid meanwhile. For a
@@ -59,6 +62,9 @@ class OomProtection:
         Born without the protection it could be the agent's death. vfork(2) wakes the parent a
         little before the child stops sharing its memory, and whom the OOM killer picks then dies
         with all who share it. SIGSTOP works on the way out of the kernel, when that is over.
+
+        An agent that is killed here leaves the child stopped and protected, in a cgroup that
+        nobody has marked as kept yet; so its successor ends it.
         """
         if self._own is None:
             return
@@ -67,33 +73,33 @@ class OomProtection:
         os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         try:
             self._change(pid)
-            if cgroup is not None:
-                while self._change_others(cgroup, pid):
-                    pass
+            # With the child stopped, whatever is forked is forked by one of these.
+            if cgroup is not None and set(cgroup.members()) - {pid}:
+                self._change_all(cgroup)
         except OSError as error:
             log.warning("a command is never killed for memory: %s", cause_of(error))
         finally:
             os.kill(pid, signal.SIGCONT)
 
-    def _change_others(self, cgroup: Path, pid: int) -> bool:
-        """What it has forked before it was stopped; whether there was any that had our value."""
-        pids = (cgroup / "cgroup.procs").read_text(encoding="ascii").split()
-        changed = [self._change(int(other)) for other in pids if int(other) not in (0, pid)]
-        return any(changed)
+    def _change_all(self, cgroup: Cgroup) -> None:
+        """Those that the child has forked before it was stopped, and what these have forked.
 
-    def _change(self, pid: int) -> bool:
-        """Whether it had our value, and was not gone."""
+        A process has its parent's value from early in fork(2), and is seen in a cgroup only at the
+        end of that. In a cgroup that is frozen nobody is in between.
+        """
+        with cgroup.frozen(_FREEZING_S):
+            for pid in cgroup.pids():
+                self._change(pid)
+
+    def _change(self, pid: int) -> None:
+        """Unless it is gone, or has another value: who has that has chosen it."""
         try:
             file = os.open(f"/proc/{pid}/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            return False
+            return
         try:
-            # Who has another value has chosen it.
-            if int(os.pread(file, 16, 0)) != self._own:
-                return False
-            os.pwrite(file, b"%d" % self._of_children, 0)
-        except ProcessLookupError:
-            return False
+            with suppress(ProcessLookupError):
+                if int(os.pread(file, 16, 0)) == self._own:
+                    os.pwrite(file, b"%d" % self._of_children, 0)
         finally:
             os.close(file)
-        return True

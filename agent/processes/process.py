@@ -244,7 +244,7 @@ def start_process(
         pid = _spawn(command, path, streams, cgroup)
         ours.callback(os.waitpid, pid, 0)
         ours.callback(os.kill, pid, signal.SIGKILL)
-        protection.unprotect(pid, cgroup.path if cgroup is not None else None)
+        protection.unprotect(pid, cgroup)
         pidfd = os.pidfd_open(pid)
         ours.pop_all()
     terminal = Terminal(stdin) if stdio.terminal and stdin is not None else None

@@ -5,6 +5,7 @@ and is raised for children; tests/vm/test_vm_abuse.py sees the image's -1000.
 """
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from threading import Barrier
 
 import pytest
 
+from agent.processes.cgroup import Cgroup
 from agent.processes.oom_protection import OomProtection
+from tests.support.rounds import rounds
 
 
 def score_adj(pid: int | str = "self") -> int:
@@ -74,8 +77,38 @@ async def test_so_does_what_it_has_forked_by_then(
         tell(process)
         forked = said(process)
         assert score_adj(forked) == OWN
-        protection.unprotect(process.pid, cgroup_root)
+        protection.unprotect(process.pid, Cgroup(cgroup_root))
         assert (score_adj(process.pid), score_adj(forked)) == (OF_CHILDREN, OF_CHILDREN)
+
+
+# Each forks the next one, and two of them say that it has come to them.
+CHAIN = """
+import os, signal, sys
+sys.stdin.readline()
+for number in range(30):
+    if os.fork():
+        signal.pause()
+    if number in (4, 29):
+        print(number, flush=True)
+signal.pause()
+"""
+
+
+async def test_so_does_what_is_being_forked_at_that_moment(
+    protection: OomProtection, cgroup_root: Path
+) -> None:
+    for _ in range(rounds(8, 200)):
+        cgroup = Cgroup.make(cgroup_root)
+        with child(f"exec {sys.executable} -I -S -c '{CHAIN}'") as process:
+            (cgroup.path / "cgroup.procs").write_text(str(process.pid))
+            tell(process)
+            try:
+                assert said(process) == 4
+                protection.unprotect(process.pid, cgroup)
+                assert said(process) == 29
+                assert {score_adj(pid) for pid in cgroup.pids()} == {OF_CHILDREN}
+            finally:
+                cgroup.kill()
 
 
 def test_eight_threads_start_children_at_once_and_each_is_right(protection: OomProtection) -> None:
