@@ -79,7 +79,11 @@ class HostClock:
         """
 
         def launched() -> _Told | None:
-            if launched_ns is None or self._kernel_read_rtc() or self.now_ns() >= launched_ns:
+            now_ns = self.now_ns()
+            if launched_ns is None or now_ns >= launched_ns:
+                return None
+            # By then the clock is the RTC's; unless nobody has ever set that.
+            if self._kernel_read_rtc() and now_ns >= self.not_before_ns:
                 return None
             self._believe("the launcher", launched_ns)
             return _Told("launcher", launched_ns + int(uptime_s * 1e9) - self.now_ns())

@@ -30,6 +30,7 @@ from initramfs.machine import Kind
 from initramfs.virtiofs import shared
 from initramfs.vsock_daemon import find_vsock_daemon, running_vsock_daemon
 from tests.support.machine import PROJECT, Machine, starting
+from tests.support.qemu import Qemu
 
 BUILD = PROJECT / "build"
 TREE = BUILD / "rootfs"
@@ -61,11 +62,13 @@ def launched(
     root_share: Path | None = None,
     root_disk: Path | None = None,
     program: str = "/init",
+    hardware: Qemu | None = None,
 ) -> Iterator[Machine]:
     """Boot the tree until the block is left; sockets and console go to `directory`.
 
     `disks` are /dev/vda and so on; the root is a share of `root_share`, or `root_disk`, the disk
-    behind the others. Raises and blocks as `booted`.
+    behind the others. `env` is the guest's, `hardware` what it has beside. Raises and blocks as
+    `booted`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     all_shares = {**(shares or {}), **({ROOT_TAG: root_share} if root_share else {})}
@@ -78,7 +81,8 @@ def launched(
         f"--root={'virtiofs:' + ROOT_TAG if root_share else f'ext4:/dev/vd{chr(97 + len(disks))}'}",
         f"--program={program}",
     ]
-    with starting(argv, directory / "console.log", directory) as machine:
+    qemu_env = hardware.env if hardware else None
+    with starting(argv, directory / "console.log", directory, env=qemu_env) as machine:
         yield machine
 
 

@@ -187,6 +187,13 @@ class TestAtBoot:
         step = machine.clock().set_at_boot(NOW + 60 * SECOND, uptime_s=1)
         assert step == done("launcher", 61 * SECOND)
 
+    def test_an_rtc_that_nobody_has_set_is_not_either(self, machine: Machine) -> None:
+        machine.add_rtc(100)
+        machine.now = 100 * SECOND
+        step = machine.clock().set_at_boot(NOW, uptime_s=1)
+        assert step == done("launcher", NOW - 99 * SECOND)
+        assert machine.set_to == [NOW + SECOND]
+
     def test_a_clock_without_a_time_begins_when_the_image_was_made(self, machine: Machine) -> None:
         machine.add_rtc(100)
         machine.now = 100 * SECOND
