@@ -82,6 +82,7 @@ class Diagnostics:
             {
                 "versions": self.versions.read,
                 "storage.usage": partial(usage_of, self.disk.directory),
+                "storage.writes": self.disk.write_problem,
                 "disks": use.disk_devices,
                 "mounts": mounts,
                 "network.interfaces": network.interfaces,
@@ -102,7 +103,7 @@ class Diagnostics:
             took_ms=min(int((trio.current_time() - begun) * 1000), 65535),
             versions=versions,
             boot=self._boot(),
-            storage=self._storage(parts.told("storage.usage")),
+            storage=self._storage(parts.told("storage.usage"), parts.told("storage.writes")),
             disks=parts.told("disks"),
             mounts=parts.told("mounts"),
             network=NetworkCondition(
@@ -161,11 +162,11 @@ class Diagnostics:
             steps=tuple(BootStep(name, int(at_s * 1000)) for at_s, name in done),
         )
 
-    def _storage(self, usage: Usage | None) -> StorageCondition:
+    def _storage(self, usage: Usage | None, problem: str | None) -> StorageCondition:
         ready = self.images.is_open
         return StorageCondition(
-            ready=ready,
-            error=_failure(self.images),
+            ready=ready and problem is None,
+            error=problem if ready and problem else _failure(self.images),
             directory=str(self.disk.directory),
             device=self.disk.device,
             in_memory=self.disk.in_memory,

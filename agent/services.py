@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 # Sync, unmount and power-off have to fit into a host's patience with them.
 STOP_GRACE_S = 1.5
 _WORTH_TRIMMING_BYTES = 64 << 20
+# A storage that is frozen lets nobody write, and is in order.
+_WRITE_LIMIT_S = 2.0
 WORKSPACE_MOUNT = Path("/workspace")
 # Where init has put the agent.
 CGROUP_OF_AGENT = Path("/sys/fs/cgroup/agent")
@@ -74,6 +77,7 @@ class Services:
     stopped: trio.Event = attrs.field(factory=trio.Event)
     """Set when the machine may be powered off."""
     _bringing_up: trio.Lock = attrs.field(factory=trio.Lock)
+    _tries_to_write: trio.CapacityLimiter = attrs.field(factory=partial(trio.CapacityLimiter, 1))
     resumer: Resumer = attrs.field(init=False)
 
     @resumer.default
@@ -133,6 +137,14 @@ class Services:
         """Why what is stored cannot be had, if it cannot."""
         await self.images.decided()
         return None if self.images.failure is None else self.images.failure.message
+
+    async def write_problem(self) -> str | None:
+        """Why the storage, which is up, takes no writes any more, if that can be told at once."""
+        with trio.move_on_after(_WRITE_LIMIT_S):
+            return await trio.to_thread.run_sync(
+                self.disk.write_problem, abandon_on_cancel=True, limiter=self._tries_to_write
+            )
+        return None
 
     def trim_after(self, freed_bytes: int) -> None:
         """Give room back to the host in the background, if it is worth the trouble."""

@@ -34,10 +34,11 @@ async def storage_status(
         )
     with failing_as(ErrorCode.STATUS_FAILED, f"measure {services.config.storage_dir}"):
         usage = usage_of(services.config.storage_dir)
+    problem = await services.write_problem()
     stored = images.store.images()
     return responses.Ok(
         values.StorageStatus(
-            ready=True,
+            ready=problem is None,
             total_bytes=usage.total_bytes,
             used_bytes=usage.used_bytes,
             layer_count=len({layer.diff_id for image in stored for layer in image.layers}),

@@ -6,6 +6,7 @@ beyond doubt. No failure to mount ever leads to formatting.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
@@ -80,6 +81,18 @@ class Disk:
         if self.device is None and not self.in_memory:
             return self.directory.is_dir()
         return self.directory.is_mount()
+
+    def write_problem(self) -> str | None:
+        """Why the file system takes no writes any more, as after an error on the disk, if that is
+        so; that it is full is no reason. Blocks, where it is frozen until it is not any more."""
+        try:
+            # Neither statvfs(3) nor its mount tells: the kernel's ext4 keeps that to itself.
+            flags = os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC
+            os.close(os.open(self.directory, flags, 0o600))
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.EROFS):
+                return f"it takes no writes any more: {cause_of(error)}; the kernel's log says why"
+        return None
 
     def let_go(self) -> None:
         """Write everything back and unmount, or at least make the file system read-only. Blocks.

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import trio
 
 from initramfs.local_registry import LocalRegistry
 from protocol import requests, responses, values
-from protocol.client import open_client
+from protocol.client import ConnectionFailed, open_client
 from tests.support.crash import kill_agent
 from tests.support.execution import execute, pull, refusal, run, shell
 from tests.support.images import Images
@@ -94,6 +95,29 @@ async def test_a_shutdown_whose_sender_leaves_at_once_happens_all_the_same(
         async with open_client(machine.address) as client:
             await client.send(requests.Shutdown())
         assert await trio.to_thread.run_sync(machine.wait) == 0
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ("halt", "powering off"),
+        ("kill -PWR 1", "powering off"),
+        ("kill -INT 1", "restarting"),
+        ("reboot", "restarting"),
+    ],
+)
+async def test_init_ends_the_machine_in_order_however_it_is_told(
+    tmp_path: Path, told: str, says: str
+) -> None:
+    with booted(tmp_path) as machine:
+        async with open_client(machine.address) as client:
+            # The machine's end may be faster than the command's own.
+            with suppress(ConnectionFailed):
+                await execute(client, "sh", "-c", told)
+        assert await trio.to_thread.run_sync(machine.wait) == 0
+        assert f"init: {says}\n" in machine.console_text()
+        assert "stopping on SIGTERM" in machine.console_text()
+        assert "not having stopped everything" not in machine.console_text()
 
 
 async def test_storage_of_an_ended_machine_is_found_by_the_next(

@@ -11,8 +11,10 @@ from pathlib import Path
 import attrs
 import pytest
 
-from protocol import requests, responses
+from protocol import decode_value, requests, responses
 from protocol.client import AgentClient, open_client
+from protocol.machine import Diagnosis
+from protocol.values import StorageStatus
 from tests.support.execution import execute, refusal, shell
 from tests.support.machine import booted
 from tests.vm.conftest import empty_disk
@@ -33,6 +35,10 @@ try:
 except AgentError as error:
     sys.exit(f"{error.code}: {error.message}")
 """
+
+# linux/fs.h
+FIFREEZE, FITHAW = "0xC0045877", "0xC0045878"
+IOCTL = "import fcntl, os, sys; fcntl.ioctl(os.open(sys.argv[1], 0), int(sys.argv[2], 0))"
 
 
 @attrs.frozen
@@ -198,16 +204,18 @@ async def test_any_other_disk_is_named_and_left_as_it_is(
         assert await disk.digest() == before
 
 
+async def is_ready(client: AgentClient) -> bool:
+    status = await client.ask(requests.StorageStatus(), responses.Ok)
+    return decode_value(status.data, StorageStatus).ready
+
+
 async def test_without_usable_storage_the_rest_of_the_agent_works(tmp_path: Path) -> None:
     disk = empty_disk(tmp_path, mib=16)
     content = b"somebody's data" * 1000
     disk.write_bytes(content + bytes(16 * MIB - len(content)))
     with booted(tmp_path, kind="auto", storage=disk) as machine:
         async with open_client(machine.address) as client:
-            status = await client.request(requests.StorageStatus())
-            assert isinstance(status, responses.Ok)
-            assert isinstance(status.data, dict)
-            assert status.data["ready"] is False
+            assert not await is_ready(client)
             assert await shell(client, "echo here") == "here\n"
             failed = await refusal(client, requests.FormatStorage())
             assert failed.code == "FORMAT_FAILED"
@@ -217,10 +225,21 @@ async def test_without_usable_storage_the_rest_of_the_agent_works(tmp_path: Path
             wipe = "for at in 0 15; do dd if=/dev/zero of=/dev/vda bs=1M count=1 seek=$at; done"
             await shell(client, f"({wipe}) 2>&1")
             assert await client.request(requests.FormatStorage()) == responses.Ok()
-            status = await client.request(requests.StorageStatus())
-            assert isinstance(status, responses.Ok)
-            assert isinstance(status.data, dict)
-            assert status.data["ready"] is True
+            assert await is_ready(client)
             assert await shell(client, "ls /storage; stat -f -c %T /storage") == (
                 "erofs\nlayers\nlost+found\noci\noverlays\nuploads\nworkspace\next2/ext3\n"
             )
+            # Somebody who copies the disk has it hold still: it is in order, and the answer comes.
+            for order in (FIFREEZE, FITHAW):
+                done = await execute(client, "python3", "-I", "-S", "-c", IOCTL, "/storage", order)
+                assert done.exit_code == 0, done
+                assert await is_ready(client)
+            # An error on the disk, after which the kernel takes no writes.
+            await shell(client, "mount -o remount,errors=remount-ro /storage")
+            await shell(client, "echo an error >/sys/fs/ext4/vda/trigger_fs_error")
+            assert not await is_ready(client)
+            answer = await client.ask(requests.Diagnose(), responses.Ok)
+            told = decode_value(answer.data, Diagnosis)
+            assert not told.storage.ready
+            assert str(told.storage.error).startswith("it takes no writes any more: ")
+            assert told.storage.total_bytes

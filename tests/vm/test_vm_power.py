@@ -13,12 +13,14 @@ import trio
 from protocol import requests, responses
 from protocol.client import AgentClient, ConnectionFailed, open_client
 from tests.support.commands import run as run_program
-from tests.support.execution import execute, pull
+from tests.support.execution import execute, pull, shell
 from tests.support.images import Images
-from tests.support.machine import LOOPBACK_IN_VM, booted
+from tests.support.machine import LOOPBACK_IN_VM, PROJECT, booted
 from tests.support.qemu import Qemu
 from tests.support.rounds import rounds
+from tests.support.token_image import image_with_token
 from tests.support.watch import until
+from tests.support.workload import TOKEN, open_peer
 from tests.vm.conftest import empty_disk
 
 WRITING = """
@@ -70,6 +72,14 @@ async def told_from_inside(client: AgentClient, script: str) -> None:
         await execute(client, "sh", "-c", script)
 
 
+async def by_halt(client: AgentClient, qemu: Qemu) -> None:
+    await told_from_inside(client, "halt")
+
+
+async def by_a_failing_power_supply(client: AgentClient, qemu: Qemu) -> None:
+    await told_from_inside(client, "kill -PWR 1")
+
+
 # The first ones are tried always.
 ENDS: tuple[End, ...] = (
     by_power_button,
@@ -78,6 +88,8 @@ ENDS: tuple[End, ...] = (
     by_ctrl_alt_del,
     by_a_signal_to_the_agent,
     by_reboot,
+    by_halt,
+    by_a_failing_power_supply,
 )
 
 
@@ -96,7 +108,8 @@ async def test_a_vm_that_is_told_to_end_under_load_leaves_its_disk_clean(
             kind="auto",
             storage=disk,
             insecure_registries=[vm_registry],
-            options=["--append=innkeep.log=debug"],
+            # As a VMM or a container engine says it: the kernel puts it into init's environment.
+            options=["--append=INNKEEP_LOG=debug"],
             env=qemu.env,
         ) as machine:
             await until(
@@ -117,11 +130,61 @@ async def test_a_vm_that_is_told_to_end_under_load_leaves_its_disk_clean(
             said_last = "restarting" if end in (by_reboot, by_ctrl_alt_del) else "powering off"
             assert f"init: {said_last}" in machine.console_text()
             assert "not having stopped everything" not in machine.console_text()
-        # On the file, so that nothing is replayed or mended first.
-        run_program("e2fsck", "-f", "-n", disk)
-        said = run_program("dumpe2fs", "-h", disk).decode()
-        assert re.search(r"^Filesystem state: +clean$", said, re.MULTILINE), said
-        assert "needs_recovery" not in said
+        is_clean(disk)
+
+
+@pytest.mark.timeout(300)
+async def test_an_agent_that_does_not_stop_is_killed_and_both_disks_left_clean_by_init(
+    tmp_path: Path,
+) -> None:
+    storage, root = empty_disk(tmp_path, mib=64), tmp_path / "root.img"
+    upper = tmp_path / "files/innkeep-root/upper"
+    upper.mkdir(parents=True)
+    # On its root's disk, this VM has an init that is less patient.
+    init = (PROJECT / "initramfs/init").read_text()
+    (upper / "init").write_text(init.replace("PATIENCE=20\n", "PATIENCE=2\n"))
+    (upper / "init").chmod(0o755)
+    with root.open("wb") as file:
+        file.truncate(64 << 20)
+    run_program("mke2fs", "-q", "-t", "ext4", "-d", tmp_path / "files", root)
+    with booted(
+        tmp_path / "vm",
+        kind="auto",
+        storage=storage,
+        options=[f"--root-disk={root}", f"--image={image_with_token(tmp_path, TOKEN)}"],
+    ) as machine:
+        async with open_client(machine.address) as client, open_peer(machine.address) as peer:
+            # Who has the token of the initramfs is let in.
+            await peer.exec(1, "true")
+            assert (await peer.over(1)).exit == (0, "exited")
+            assert await shell(client, "grep -c PATIENCE=2$ /init") == "1\n"
+            for directory in ("/storage/workspace", "/root"):
+                writing = requests.VmExec(
+                    command=("sh", "-c", WRITING, "sh", directory), background=True
+                )
+                assert isinstance(await client.request(writing), responses.Completed)
+            await shell(client, "echo kept | tee /etc/note /storage/workspace/note; sync")
+            # Asleep, it does not even hear what it is told.
+            asleep = "kill -STOP $(cat /sys/fs/cgroup/agent/cgroup.procs)"
+            await told_from_inside(client, f"{asleep}; kill -PWR 1")
+            with trio.fail_after(60):
+                await trio.to_thread.run_sync(machine.wait, abandon_on_cancel=True)
+        said = machine.console_text()
+        assert "init: the agent ended with status 137, not having stopped everything" in said
+        assert "init: powering off" in said
+    for disk, note in ((storage, "workspace/note"), (root, "innkeep-root/upper/etc/note")):
+        is_clean(disk)
+        assert run_program("debugfs", "-R", f"cat /{note}", disk) == b"kept\n"
+    # That of the initramfs is in memory, wherever the root is.
+    assert TOKEN.encode() not in root.read_bytes()
+
+
+def is_clean(disk: Path) -> None:
+    # On the file, so that nothing is replayed or mended first.
+    run_program("e2fsck", "-f", "-n", disk)
+    said = run_program("dumpe2fs", "-h", disk).decode()
+    assert re.search(r"^Filesystem state: +clean$", said, re.MULTILINE), said
+    assert "needs_recovery" not in said
 
 
 async def put_under_load(client: AgentClient, pulling: AgentClient, images: Images) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import trio
 
-from initramfs.cpio import write_cpio
 from protocol import Port
 from protocol.client import (
     AuthenticationFailed,
@@ -20,7 +19,8 @@ from protocol.client import (
 from tests.support.commands import run
 from tests.support.crash import kill_by
 from tests.support.execution import shell
-from tests.support.machine import PROJECT, Machine, booted
+from tests.support.machine import Machine, booted
+from tests.support.token_image import image_with_token
 from tests.support.workload import LINE_BYTES, TOKEN, Counted, Peer, counting, open_log, open_peer
 
 pytestmark = pytest.mark.timeout(240)
@@ -36,19 +36,6 @@ MEMORY_BOMB = "kept = []\nwhile True: kept.append(b'x' * (1 << 20))"
 def workload_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """A VM with `TOKEN` in its initramfs, and another in fw_cfg, whose workload waits for TERM."""
     directory = tmp_path_factory.mktemp("vm")
-    image = directory / "image"
-    image.mkdir()
-    for file in (PROJECT / "build").iterdir():
-        if file.name != "initramfs.cpio":
-            (image / file.name).symlink_to(file)
-    more = directory / "more"
-    more.mkdir()
-    (more / "token").write_text(TOKEN)
-    with (image / "initramfs.cpio").open("wb") as archive:
-        archive.write((PROJECT / "build" / "initramfs.cpio").read_bytes())
-        # Each archive begins at a multiple of four (the kernel's buffer-format.rst).
-        archive.write(bytes(-archive.tell() % 4))
-        write_cpio(more, archive, 0)
     (directory / "token").write_text(OTHER_TOKEN)
     command = (
         "sh,-c,trap%20'echo%20ended;exit%207'%20TERM;echo%20begun;while%20:;do%20sleep%200.1;done"
@@ -58,7 +45,7 @@ def workload_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         kind="auto",
         in_memory=True,
         options=[
-            f"--image={image}",
+            f"--image={image_with_token(directory, TOKEN)}",
             f"--token-file={directory / 'token'}",
             f"--append=innkeep.workload.command={command}",
         ],
