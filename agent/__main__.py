@@ -16,8 +16,8 @@ from agent.bootwords import DEFAULT_LISTEN, kernel_words, listen_argument, varia
 # Hosts probe a booting VM every 20 ms, each time on a connection of its own.
 BACKLOG = 512
 
-# What an agent that was killed leaves behind may have its sockets a while longer, as a child has
-# until it is executed. No event tells when an address is free.
+# A child that a killed agent was about to have execute something has its sockets until it does, or
+# until init has ended it. No event tells when an address is free.
 PATIENCE_S = 5.0
 PAUSE_S = 0.02
 

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -26,7 +27,8 @@ _ERRNO = re.compile(r"\[Error (\d+)\]")
 
 _LONGEST_STDERR = 4096
 
-_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_ENVIRONMENT = {"PATH": _PATH}
 
 
 class MkfsError(Exception):
@@ -46,8 +48,11 @@ class MkfsErofs:
     def __init__(self, program: str, tar: Path, image: Path, memory_bytes: int) -> None:
         try:
             with tar.open("rb") as stdin:
+                # Given a path, subprocess takes posix_spawn(3). Its own vfork(2) asks for a lock of
+                # glibc's before it executes (sigaction(3) of SIGABRT), and were the agent killed
+                # while another thread has that, it would wait for ever, with all that we have open.
                 process = subprocess.Popen(
-                    [program, *_OPTIONS, os.fspath(image)],
+                    [shutil.which(program, path=_PATH) or program, *_OPTIONS, os.fspath(image)],
                     stdin=stdin,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,

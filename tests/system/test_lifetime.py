@@ -61,6 +61,38 @@ async def test_a_pull_that_died_with_its_agent_succeeds_with_the_next(
             assert (await run(client, image.reference)).exit_code == 0
 
 
+# In the agent's place among the cgroups, with each of its sockets (pidfd_getfd(2)): as a child of
+# the agent that never comes to execute its program.
+HOLDER = """\
+import ctypes, os, time
+syscall = ctypes.CDLL(None, use_errno=True).syscall
+cgroup = "/sys/fs/cgroup/agent/cgroup.procs"
+agent = int(open(cgroup).readline())
+file = os.pidfd_open(agent)
+for name in os.listdir(f"/proc/{agent}/fd"):
+    if os.readlink(f"/proc/{agent}/fd/{name}").startswith("socket:"):
+        assert syscall(438, file, int(name), 0) >= 0, os.strerror(ctypes.get_errno())
+open(cgroup, "w").write("0")
+open("/tmp/holds", "w").close()
+time.sleep(1000)
+"""
+
+
+async def test_a_child_of_a_dead_agent_that_never_executes_anything_goes_before_the_next_one(
+    tmp_path: Path,
+) -> None:
+    holder = ("/usr/bin/python3", "-I", "-S", "-c", HOLDER)
+    with booted(tmp_path) as machine:
+        async with open_client(machine.address) as client:
+            await execute(client, "mkfifo", "/tmp/holds")
+            pid = (await execute(client, *holder, background=True)).stdout.decode().strip()
+            await execute(client, "cat", "/tmp/holds")
+        await kill_agent(machine)
+        async with open_client(machine.address) as client:
+            assert (await execute(client, "test", "-e", f"/proc/{pid}")).exit_code == 1
+        assert "already in use" not in machine.console_text()
+
+
 def test_an_agent_that_dies_again_and_again_ends_the_machine_with_the_reason(
     tmp_path: Path,
 ) -> None:
