@@ -7,6 +7,7 @@ log has what was done.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from agent.gate import Gate
 from agent.linux.namespaces import in_initial_pid_namespace
 from agent.machine import answering
 from agent.machine.clock import HostClock
+from agent.machine.pauses import Pauses
 from agent.machine.randomness import Randomness
 from agent.machine.signs import ClockJumps, Generations
 from agent.uptime import uptime_s
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _NOT_OURS = "the kernel is not this VM's own: left alone"
 _RESEED_LIMIT_S = 5.0
+# Of the VM's own time, which stands while it does.
+_LOOK_EVERY_S = 1.0
 
 _Step = Callable[[HostClock], ClockStep]
 
@@ -38,6 +42,7 @@ class Kernel:
 
     clock: HostClock
     randomness: Randomness
+    pauses: Pauses = attrs.field(factory=Pauses)
 
     @classmethod
     def of(cls, config: AgentConfig) -> Kernel | None:
@@ -63,30 +68,65 @@ class Resumer:
     renew_network: Callable[[], Awaitable[None]]
     kernel: Kernel | None
     _jumps: ClockJumps | None = None
+    _looked_s: float = -math.inf
+    _caught_up: list[ClockStep] = attrs.field(factory=list)
+    _after_pause: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
     _one_at_a_time: trio.Lock = attrs.field(factory=trio.Lock)
 
     async def resume(self, time_ns: int | None, entropy: bytes | None) -> Resumption:
         """All steps, at a host's request. Each is taken whatever becomes of the others."""
-        return await self._resume(lambda clock: clock.follow_host(time_ns), entropy)
+        follow = partial(HostClock.follow_host, told_ns=time_ns)
+        return await self._resume(partial(self._set_clock, follow), entropy)
+
+    def look_for_pause(self) -> None:
+        """Set the clock right if the VM has stood still, before a host's request is carried out;
+        ``notice`` takes the other steps. Does nothing when it has been called a moment ago.
+
+        There is no event to wait for: while the VM stands nothing in it goes on, and afterwards
+        everything as if nothing had been. A request is the first that can come of the world's time.
+        """
+        now_s = uptime_s()
+        if self.kernel is None or now_s < self._looked_s + _LOOK_EVERY_S:
+            return
+        self._looked_s = now_s
+        missed_s = self.kernel.pauses.missed_s()
+        if missed_s:
+            log.info("the VM stood still for %.0f s", missed_s)
+            catch_up = partial(HostClock.catch_up, missed_ns=int(missed_s * 1e9))
+            self._caught_up.append(self._set_clock(catch_up))
+            self._after_pause.unpark_all()
 
     async def notice(self, generations: Generations, jumps: ClockJumps) -> None:
         """Take the same steps whenever the kernel tells of an event; does not return."""
         self._jumps = jumps
+        # For the first request after a pause to be compared with.
+        self.look_for_pause()
 
         async def whenever(event: Callable[[], Awaitable[None]], what: str, step: _Step) -> None:
             while True:
                 await event()
-                log.info("%s: %s", what, summary(await self._resume(step, None)))
+                done = await self._resume(partial(self._set_clock, step), None)
+                log.info("%s: %s", what, summary(done))
+
+        async def after_pauses() -> None:
+            while True:
+                while not self._caught_up:
+                    await self._after_pause.park()
+                done = await self._resume(self._caught_up.pop, None)
+                log.info("after the pause: %s", summary(done))
 
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(after_pauses)
             copied = "the VM has a new generation id"
             nursery.start_soon(whenever, generations.next, copied, HostClock.follow_host)
             # Whoever has set it, NTP perhaps, knew better than an RTC does.
             nursery.start_soon(whenever, jumps.next, "the clock was set", HostClock.follow_ptp)
 
-    async def _resume(self, step: _Step, entropy: bytes | None) -> Resumption:
+    async def _resume(
+        self, set_clock: Callable[[], ClockStep], entropy: bytes | None
+    ) -> Resumption:
         async with self._one_at_a_time:
-            clock = self._set_clock(step)
+            clock = set_clock()
             randomness = await self._renew_randomness(entropy)
             checked = await self._check_mounts()
             network = await self._renew_network()
@@ -105,6 +145,9 @@ class Resumer:
         done = step(self.kernel.clock)
         if self._jumps is not None:
             self._jumps.forget()
+        if done.source is not None:
+            # Whatever the VM has missed up to now is made up for.
+            self.kernel.pauses.missed_s()
         return done
 
     async def _renew_randomness(self, entropy: bytes | None) -> Reseeding:

@@ -151,6 +151,8 @@ async def _handle(
     answer: AgentResponse | None
     try:
         services.refuse_new_work(kind)
+        if kind is not requests.Resumed:
+            services.resumer.look_for_pause()
         with services.work.under_way(kind) as work:
             answer = await handler(request, channel, services)
         if work.cancelled_caught:

@@ -70,6 +70,19 @@ class HostClock:
         """Step by whatever tells the host's time best; ``told_ns`` is what a request says."""
         return self._step([self._ptp, lambda: self._request(told_ns), self._rtc])
 
+    def catch_up(self, missed_ns: int) -> ClockStep:
+        """Step by what is there after a pause of that length, unless somebody has done so since:
+        the clock is less than that behind the RTC then."""
+
+        def rtc() -> _Told | None:
+            told = self._rtc()
+            if told is None or told.ahead_ns < missed_ns - _RTC_IS_VAGUE_BY_NS:
+                return None
+            # No further: who keeps the clock ahead of the RTC, or behind it, has a reason.
+            return _Told("rtc", missed_ns)
+
+        return self._step([self._ptp, rtc])
+
     def set_at_boot(self, launched_ns: int | None, uptime_s: float) -> ClockStep:
         """Step by what is there when the VM boots.
 

@@ -3,7 +3,7 @@
 That the hypervisor has given it a new generation id (VMGENID: the VM is a copy, or was set back to
 a snapshot) the kernel puts into its log, and nowhere else: the device event that Linux 6.9 was to
 have for it was taken back. That the clock was set is an event of timerfd's. Of a mere pause the
-kernel tells nobody, since nothing in the VM has gone on meanwhile: that is for the host to say.
+kernel tells nobody, since nothing in the VM has gone on meanwhile: pauses.py looks for them.
 """
 
 from __future__ import annotations

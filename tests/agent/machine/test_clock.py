@@ -165,6 +165,29 @@ def test_a_clock_that_cannot_be_set_is_told_with_the_cause(
     assert failed.error.startswith("set the clock: ")
 
 
+class TestAfterAPause:
+    def test_the_clock_is_stepped_by_what_it_has_missed(self, machine: Machine) -> None:
+        machine.add_rtc(NOW // SECOND + 60)
+        assert machine.clock().catch_up(61 * SECOND) == done("rtc", 61 * SECOND)
+        assert machine.set_to == [NOW + 61 * SECOND]
+
+    def test_one_that_was_behind_its_rtc_before_stays_so(self, machine: Machine) -> None:
+        # An RTC that tells a local time, perhaps.
+        machine.add_rtc(NOW // SECOND + 3600 + 60)
+        assert machine.clock().catch_up(60 * SECOND) == done("rtc", 60 * SECOND)
+
+    def test_one_that_somebody_has_set_since_is_left_alone(self, machine: Machine) -> None:
+        machine.add_rtc(NOW // SECOND)
+        assert machine.clock().catch_up(60 * SECOND) == done(None)
+        assert machine.set_to == []
+
+    def test_a_time_before_the_image_was_made_is_nobodys(self, machine: Machine) -> None:
+        machine.add_rtc(100)
+        refused = machine.clock().catch_up(60 * SECOND)
+        assert (refused.ok, refused.step_ns) == (False, 0)
+        assert machine.set_to == []
+
+
 class TestAtBoot:
     def test_the_launchers_time_counts_from_the_launch(self, machine: Machine) -> None:
         machine.now = 7 * SECOND  # since 1970: a kernel that has read no RTC
