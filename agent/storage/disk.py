@@ -26,6 +26,7 @@ from agent.linux.mount import (
 )
 from agent.storage import ext4
 from agent.storage.device import is_read_only, refuse_unless_blank, signature
+from agent.storage.unfinished import is_marked
 from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,8 @@ class Disk:
 def prepare(device: str) -> None:
     """Let ``device``, which is not mounted, hold an ext4 that can be: whose data stay, if any.
 
+    One whose making has not come to its end, for which nobody can have had a use, is made anew.
+
     Raises:
         AgentError: FORMAT_FAILED: it holds something else. MOUNT_FAILED: it cannot be read or
             written, or its ext4 is damaged or cut off.
@@ -152,7 +155,14 @@ def prepare(device: str) -> None:
                 f"mount {device}: the disk is read-only, and is to be written to; "
                 "attach it for writing",
             )
-    if found is None:
+    with failing_as(ErrorCode.MOUNT_FAILED, f"look at {device}"):
+        is_unfinished = is_marked(device) and (
+            found is None or (found == "ext4" and not ext4.Superblock.read(device).was_mounted)
+        )
+    if is_unfinished:
+        log.warning("%s: its file system was never finished, and is made anew", device)
+        ext4.make(device)
+    elif found is None:
         refuse_unless_blank(device)
         ext4.make(device)
     elif found == "ext4":

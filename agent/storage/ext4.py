@@ -15,11 +15,14 @@ import attrs
 
 from agent.errors import AgentError, cause_of, failing_as
 from agent.storage import device as devices
+from agent.storage.unfinished import marked
 from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
 
 MAKE_LIMIT_S = 120
+# That of the whole device, which would take the mark with it.
+_WITHOUT_DISCARD = ("-E", "nodiscard")
 
 _AT = 1024
 _BYTES = 1024
@@ -40,6 +43,8 @@ class Superblock:
     """Of the whole file system."""
     is_clean: bool
     """Whether it was unmounted in good order, with no error found meanwhile."""
+    was_mounted: bool
+    """Whether it ever was since it was made."""
 
     @classmethod
     def read(cls, device: str) -> Superblock:
@@ -49,6 +54,7 @@ class Superblock:
             block = file.read(_BYTES).ljust(_BYTES, b"\0")
         (blocks,) = struct.unpack_from("<I", block, 0x4)
         (log_block_bytes,) = struct.unpack_from("<I", block, 0x18)
+        mounted_at, _, mounts = struct.unpack_from("<IIH", block, 0x2C)
         (state,) = struct.unpack_from("<H", block, 0x3A)
         (features,) = struct.unpack_from("<I", block, 0x60)
         if features & _IS_64BIT:
@@ -57,18 +63,25 @@ class Superblock:
         return cls(
             size_bytes=blocks << (10 + log_block_bytes),
             is_clean=bool(in_order and not features & _NEEDS_RECOVERY),
+            was_mounted=bool(mounted_at or mounts),
         )
 
 
 def make(device: str) -> None:
     """Make a file system, all of it for us: no blocks are kept back for root. Blocks.
 
+    Whenever this ends before it is done, the disk has a mark that it may be done again.
+
     Raises:
         AgentError: FORMAT_FAILED, with mke2fs's own words.
     """
-    with failing_as(ErrorCode.FORMAT_FAILED, f"format {device}"):
+    with failing_as(ErrorCode.FORMAT_FAILED, f"format {device}"), marked(device):
         subprocess.run(
-            ["mke2fs", "-q", "-t", "ext4", "-m", "0", "-L", "innkeep", device],
+            # A discard of the whole device would take the mark with it.
+            [
+                *("mke2fs", "-q", "-t", "ext4", "-m", "0", "-E", "nodiscard", "-L", "innkeep"),
+                device,
+            ],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=True,

@@ -3,7 +3,10 @@
 Mounting them is tested where a kernel is ours, in tests/vm.
 """
 
+import itertools
+import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,11 @@ from agent.errors import AgentError
 from agent.storage import device as devices
 from agent.storage import ext4
 from agent.storage.disk import Disk, prepare
+from agent.storage.unfinished import MARK, is_marked
 from agent.storage.usage import usage_of
 from protocol.errors import ErrorCode
+from tests.support.commands import find_program
+from tests.support.rounds import rounds
 
 MIB = 1024 * 1024
 
@@ -34,6 +40,61 @@ def test_an_empty_disk_has_no_signature_and_counts_as_blank(device: Path) -> Non
 def test_a_formatted_disk_is_recognised(device: Path) -> None:
     ext4.make(str(device))
     assert devices.signature(str(device)) == "ext4"
+
+
+# mke2fs, ended by force at one of its writes.
+ENDING = """\
+#!/bin/sh
+exec strace -qq -o /dev/null -e inject=pwrite64,fallocate:signal=KILL:when={write} {mke2fs} "$@"
+"""
+
+
+@pytest.mark.parametrize("size", [16 * MIB, 1536 * MIB])
+def test_a_disk_whose_formatting_was_cut_short_at_any_write_is_formatted_the_next_time(
+    device: Path, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_program("strace")
+    mke2fs = find_program("mke2fs")
+    path = os.environ["PATH"]
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin/mke2fs"
+    looked_foreign = 0
+    for write in itertools.count(1, rounds(7, 1)):
+        device.unlink()
+        with device.open("wb") as new:
+            new.truncate(size)
+        script.write_text(ENDING.format(write=write, mke2fs=mke2fs))
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{script.parent}:{path}")
+        try:
+            ext4.make(str(device))
+        except AgentError:
+            pass
+        else:
+            break
+        monkeypatch.setenv("PATH", path)
+        with suppress(AgentError):
+            devices.refuse_unless_blank(str(device))
+            looked_foreign -= 1
+        looked_foreign += 1
+        prepare(str(device))
+        subprocess.run(["e2fsck", "-fn", device], check=True, capture_output=True)
+        assert not is_marked(str(device))
+    # Most moments are of that kind.
+    assert looked_foreign > 3
+    assert not is_marked(str(device))
+
+
+def test_a_mark_on_a_file_system_that_was_in_use_is_not_heeded(device: Path) -> None:
+    ext4.make(str(device))
+    subprocess.run(["debugfs", "-w", "-R", "ssv mtime now", device], check=True)
+    with device.open("r+b") as file:
+        file.seek(-MIB, os.SEEK_END)
+        file.write(MARK)
+    before = device.read_bytes()
+    assert is_marked(str(device))
+    prepare(str(device))
+    assert device.read_bytes() == before
 
 
 @pytest.mark.parametrize(
