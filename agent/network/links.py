@@ -36,7 +36,7 @@ class Order(NamedTuple):
     ``mac`` names the interface; where none has it, the first gets it. Addresses have their prefix
     lengths. ``lifetime_s``: the kernel takes the addresses away after so many seconds, if any.
     ``routes`` are networks with their gateways, ``NETWORK,GATEWAY``, of which 0.0.0.0 is the
-    interface itself. ``lost`` are addresses that it is to have no longer.
+    interface itself. ``lost`` are addresses, and ``gone`` routes, that it is to have no longer.
     """
 
     mac: str = ""
@@ -46,6 +46,7 @@ class Order(NamedTuple):
     gateways: tuple[str, ...] = ()
     routes: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
 
     def line(self) -> str:
         """``name=value`` words."""
@@ -141,11 +142,7 @@ def _set(netlink: Any, order: Order) -> list[str]:
             flags=_RTNH_F_ONLINK,
         )
     for route in order.routes:
-        network, via = route.split(",")
-        here = via == "0.0.0.0"
-        there: Mapping[str, object] = (
-            {"scope": _RT_SCOPE_LINK} if here else {"gateway": via, "flags": _RTNH_F_ONLINK}
-        )
+        network, there = _ways(route)
         attempt(
             f"{name}: route to {network}",
             netlink.route,
@@ -154,7 +151,20 @@ def _set(netlink: Any, order: Order) -> list[str]:
             oif=index,
             **there,
         )
+    # Last: a route that another one has replaced is gone already.
+    for route in order.gone:
+        network, there = _ways(route)
+        with _missing_is_fine():
+            netlink.route("delete", dst=network, oif=index, **there)
     return [name, *problems]
+
+
+def _ways(route: str) -> tuple[str, Mapping[str, object]]:
+    """A route's network, and where it leads."""
+    network, via = route.split(",")
+    if via == "0.0.0.0":
+        return network, {"scope": _RT_SCOPE_LINK}
+    return network, {"gateway": via, "flags": _RTNH_F_ONLINK}
 
 
 def _parts(address: str) -> Mapping[str, Any]:

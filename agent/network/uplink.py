@@ -113,8 +113,11 @@ class Uplink:
         """Go by a lease, or by its being over."""
         before, self._lease = self._lease or self.client.lost(), lease
         lost = before is not None and (lease is None or lease.address != before.address)
+        ways = self._ways(lease)
         order = Order(
-            mac=self.config.mac or "", lost=(str(before.address),) if before and lost else ()
+            mac=self.config.mac or "",
+            lost=(str(before.address),) if before and lost else (),
+            gone=tuple(way for way in self._ways(before) if way not in ways),
         )
         if lease is not None:
             left_s = lease.left_s(_now_s())
@@ -142,6 +145,15 @@ class Uplink:
         await self._use_nameservers()
         if lease is not None:
             self._decide()
+
+    def _ways(self, lease: Lease | None) -> tuple[str, ...]:
+        """All routes that a lease brings, the default one too where no word says another."""
+        if lease is None:
+            return ()
+        ways = [f"{network},{via}" for network, via in lease.routes]
+        if lease.gateway and not any(each.version == 4 for each in self.config.gateways):
+            ways.append(f"0.0.0.0/0,{lease.gateway}")
+        return tuple(ways)
 
     async def _use_nameservers(self) -> None:
         """Those of the configuration, else those of the lease, else what there is already."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import trio
@@ -160,6 +161,58 @@ async def test_a_server_that_knows_better_moves_the_vm_and_its_containers_name_s
             more = {"persistent_overlay_id": overlay}
             seen = await run(client, image, "cat", "/etc/resolv.conf", **more)
             assert seen.stdout == text
+
+
+async def test_what_a_server_says_of_routes_and_mtu_is_taken_and_goes_when_it_says_so_no_more(
+    leased: Leased, client: AgentClient
+) -> None:
+    look = "ip route | sed -n '/via/s/ dev.*//p'; ip link show eth0 | grep -o 'mtu [0-9]*'"
+    more = ("option:mtu,1400", "option:classless-static-route,10.20.0.0/16,10.9.0.2")
+    options = (f"--dhcp-option={option}" for option in (*more, "option:router,10.9.0.1"))
+    with leased.router.dhcp_server(RANGE, *options):
+        await leased.renewed(client, "10.9.0.50/24")
+        # Where there are classless routes, the router counts for nothing.
+        assert (await shell(client, look)).splitlines() == [
+            "10.20.0.0/16 via 10.9.0.2",
+            "mtu 1400",
+        ]
+    with leased.router.dhcp_server(RANGE, "--dhcp-option=option:mtu,1500", *OPTIONS):
+        await leased.renewed(client, "10.9.0.50/24")
+        assert (await shell(client, look)).splitlines() == [
+            "default via 10.9.0.1",
+            "mtu 1500",
+        ]
+    # Nor does it stay when there is no router any more.
+    with leased.router.dhcp_server(RANGE, "--dhcp-option=option:router"):
+        await leased.renewed(client, "10.9.0.50/24")
+        assert await shell(client, look) == "mtu 1500\n"
+
+
+async def test_words_come_before_what_a_server_says_and_the_lease_is_given_back_at_the_end(
+    tmp_path: Path,
+) -> None:
+    words = ("ip=dhcp", "gateway=10.9.0.3", "dns=10.9.0.77", "mtu=1300")
+    with (
+        router(tmp_path / "router", "10.9.0.1/24") as there,
+        there.dhcp_server(RANGE, "--dhcp-option=option:mtu,1400", *OPTIONS),
+        booted(
+            tmp_path,
+            linked_to=there.pid,
+            options=[f"--append=innkeep.{word}" for word in words],
+        ) as machine,
+    ):
+        async with open_client(machine.address) as client:
+            assert await problems(client) == ()
+            assert await addresses(client) == ["10.9.0.50/24"]
+            assert "default via 10.9.0.3 dev eth0" in await shell(client, "ip route")
+            assert "mtu 1300" in await shell(client, "ip link show eth0")
+            assert await shell(client, "cat /etc/resolv.conf") == (
+                "search one.test two.test\nnameserver 10.9.0.77\n"
+            )
+            assert "10.9.0.50" in there.leases()
+            assert await client.request(requests.Shutdown()) == responses.Ok({"shutdown": True})
+            # Before the answer: afterwards the power may go.
+            await until(lambda: there.leases() == "", tmp_path / "router", 20)
 
 
 async def test_a_lease_that_is_lost_is_told_until_there_is_another(

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from protocol import decode_value, requests, responses
 from protocol.client import AgentClient, open_client
 from protocol.values import NetworkReport
@@ -92,6 +94,25 @@ async def test_a_gateway_need_not_be_in_a_network_of_the_vm(tmp_path: Path) -> N
         async with open_client(machine.address) as client:
             assert (await report(client)).problems == ()
             await shell(client, "ping -c 1 -W 10 10.9.0.1")
+
+
+@pytest.mark.parametrize("gateway", ["10.9.0.1,fd00:9::1", "10.9.0.1"])
+async def test_routers_are_heard_unless_a_word_says_the_gateway(
+    tmp_path: Path, gateway: str
+) -> None:
+    words = ("ip=10.9.0.2/24,fd00:9::2/64", f"gateway={gateway}")
+    with linked(tmp_path, *words) as (machine, there):
+        await until(lambda: "eth0 has" in machine.console_text(), machine.console, 30)
+        log = tmp_path / "router" / "server.log"
+        log.touch()
+        with there.dhcp_server("--enable-ra", "--dhcp-range=fd00:9::,ra-only"):
+            await until(lambda: "RTR-ADVERT" in log.read_text(), log, 30)
+            async with open_client(machine.address) as client:
+                # What comes behind it: so it has been heard, or not.
+                await shell(client, "ping -c 1 -W 10 fd00:9::1")
+                routes = await shell(client, "ip -6 route")
+        defaults = re.findall("default via (\\S{4})", routes)
+        assert defaults == (["fd00"] if "fd00" in gateway else ["fe80"])
 
 
 async def test_a_network_that_cannot_be_is_told_and_the_rest_works(tmp_path: Path) -> None:

@@ -64,6 +64,18 @@ def test_what_a_lease_gave_is_taken_back_with_it_and_ends_by_itself() -> None:
     assert (address.split()[1], valid.split()[1]) == ("10.0.2.16/24", "forever")
 
 
+def test_routes_that_are_gone_are_taken_away_and_no_others() -> None:
+    mine, theirs = "10.7.0.0/16,10.0.2.7", "10.8.0.0/16,0.0.0.0"
+    first = Order(addresses=("10.0.2.15/24",), routes=(mine, theirs, "0.0.0.0/0,10.0.2.2"))
+    # One that has another gateway by now is not the one that is gone.
+    other = first._replace(routes=("0.0.0.0/0,10.0.2.3",), gone=(theirs, "0.0.0.0/0,10.0.2.2"))
+    *answers, default, network, kept = carried_out(first, other, other, look="ip route")
+    assert answers == ["eth0"] * 3
+    assert "default via 10.0.2.3 dev eth0" in default
+    assert network.startswith("10.0.2.0/24 ")
+    assert kept.startswith("10.7.0.0/16 via 10.0.2.7 ")
+
+
 def test_the_interface_is_the_one_of_the_address_that_was_named_or_the_first() -> None:
     two = "ip link add eth0 type veth peer name eth1"
     named = f"{two}; ip link set eth1 address 02:00:00:00:00:09"
@@ -86,7 +98,9 @@ def test_a_vm_without_an_interface_is_told_so() -> None:
 
 
 def test_an_order_is_the_same_behind_its_line() -> None:
-    order = Order("02:00:00:00:00:07", "1400", "9", ("1/2", "::/3"), ("4",), ("5/6,7",), ("8/9",))
+    order = Order(
+        "02:00:00:00:00:07", "1400", "9", ("1/2", "::/3"), ("4",), ("5/6,7",), ("8/9",), ("0/0,1",)
+    )
     assert Order.of_line(order.line()) == order
     assert Order.of_line(Order().line()) == Order()
 
