@@ -9,6 +9,7 @@ import trio
 
 from protocol import requests, responses
 from protocol.client import open_client
+from tests.support.commands import CommandError
 from tests.support.commands import run as run_program
 from tests.support.execution import pull, run, shell
 from tests.support.images import Images
@@ -71,6 +72,20 @@ async def test_a_first_boot_without_a_disk_is_ready_and_keeps_images_in_memory(
         async with open_client(machine.address) as client:
             await pull(client, image)
             assert (await run(client, image)).stdout == b"-early\nfour\nthree\n"
+
+
+def test_another_program_in_the_place_of_init_is_a_way_in_when_nothing_else_works(
+    tmp_path: Path,
+) -> None:
+    # Its words follow two dashes, as the kernel has it. When PID 1 ends, so does the VM.
+    words = ("init=/bin/echo", "-- in-here")
+    options = [f"--append={word}" for word in words]
+    with (
+        pytest.raises(CommandError),
+        booted(tmp_path, kind="auto", in_memory=True, options=options),
+    ):
+        pass
+    assert "in-here" in (tmp_path / "console.log").read_text(errors="replace").splitlines()
 
 
 def test_the_demo_shows_a_container_in_a_microvm() -> None:

@@ -174,7 +174,7 @@ async def test_changes_to_the_root_survive_a_power_cut_and_a_shutdown(tmp_path: 
         tmp_path / "first",
         kind="auto",
         in_memory=True,
-        options=[f"--root-disk={disk}", "--append=innkeep.hostname=first"],
+        options=[f"--root-disk={disk}", '--append=innkeep.hostname="first"'],
     ) as machine:
         async with open_client(machine.address) as client:
             await shell(client, CHANGES)
