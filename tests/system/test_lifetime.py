@@ -135,7 +135,6 @@ async def test_a_shutdown_whose_sender_leaves_at_once_happens_all_the_same(
         ("halt", "powering off"),
         ("kill -PWR 1", "powering off"),
         ("kill -INT 1", "restarting"),
-        ("reboot", "restarting"),
     ],
 )
 async def test_init_ends_the_machine_in_order_however_it_is_told(

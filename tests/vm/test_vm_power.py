@@ -31,7 +31,7 @@ WRITING = """
     done
 """
 
-PAUSE_S = 8
+PAUSE_S = 6
 
 End = Callable[[AgentClient, Qemu], Awaitable[None]]
 

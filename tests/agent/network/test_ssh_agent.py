@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from agent.network import ssh_agent
 from agent.network.host import Host
@@ -116,6 +117,21 @@ async def test_the_last_words_of_a_host_that_hears_no_more_arrive(
             await server.send_all(b"go away")
         assert await client.receive_some() == b"go away"
         assert await client.receive_some() == b""
+
+
+async def test_a_connection_may_say_nothing_for_a_year(
+    host: Host, ports: HostPorts, tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    path = tmp_path / "ssh-agent.sock"
+    with ssh_agent.listening(path) as listener:
+        async with ports.served(Port.SSH_AGENT, echo), trio.open_nursery() as nursery:
+            nursery.start_soon(ssh_agent.serve, listener, host)
+            async with await trio.open_unix_socket(path) as client:
+                for said in (b"before", b"after"):
+                    await client.send_all(said)
+                    assert await client.receive_some() == said
+                    mock_clock.jump(365 * 86_400)
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_client_that_is_gone_takes_its_connection_to_the_host_along(
