@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -32,6 +33,7 @@ from agent.processes.standing import StandingContainers
 from agent.resumption import Kernel, Resumer, set_clock_at_boot
 from agent.storage.disk import Disk
 from agent.storage.root_disk import RootDisk
+from agent.storage.write_back import write_back_everything
 from agent.vm_network import VmNetwork
 from agent.work import Work
 from protocol import requests
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 
 # Sync, unmount and power-off have to fit into a host's patience with them.
 STOP_GRACE_S = 1.5
+_ENDING_S = 3.3
+_WRITING_BACK_S = 0.5
 _WORTH_TRIMMING_BYTES = 64 << 20
 # A storage that is frozen lets nobody write, and is in order.
 _WRITE_LIMIT_S = 2.0
@@ -162,11 +166,25 @@ class Services:
         Takes at most about 4 s; goes on past every single failure, and logs it.
         """
         self.work.stop()
-        await self.standing.end_idle()
-        await self.processes.stop_all(STOP_GRACE_S)
-        await self.work.ended()
+        # A process that is stuck in the kernel, at a share that does not answer, ends with the VM.
+        with trio.move_on_after(_ENDING_S):
+            await self.standing.end_idle()
+            await self.processes.stop_all(STOP_GRACE_S)
+            await self.work.ended()
         await self.vm_network.end()
         await trio.to_thread.run_sync(self._let_storage_go)
+        if self.kernel is not None:
+            await self._write_back_the_rest()
+
+    async def _write_back_the_rest(self) -> None:
+        """What commands have mounted: shares, which may not answer any more, and disks."""
+        with trio.move_on_after(_WRITING_BACK_S) as limit:
+            try:
+                await trio.to_thread.run_sync(write_back_everything, abandon_on_cancel=True)
+            except (OSError, subprocess.SubprocessError) as error:
+                log.error("shutdown: sync: %s", cause_of(error))
+        if limit.cancelled_caught:
+            log.warning("shutdown: not everything is written back: a share may not answer")
 
     def _let_storage_go(self) -> None:
         steps = [self.disk.let_go]

@@ -278,6 +278,10 @@ class Processes:
         if process.exit_code is not None and cgroup_is_gone and pipes_are_done:
             process.close()
             return
+        if self.lifetime.cancel_scope.cancel_called:
+            # It is stuck in the kernel, and the agent is about to end.
+            process.close()
+            return
         if process.cgroup is not None and not cgroup_is_gone and has_ended_itself:
             process.cgroup.keep()
         self.lifetime.start_soon(self._outlive, process)

@@ -27,6 +27,7 @@ from agent.linux.mount import (
 from agent.storage import ext4
 from agent.storage.device import is_read_only, refuse_unless_blank, signature
 from agent.storage.unfinished import is_marked
+from agent.storage.write_back import write_back
 from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -103,9 +104,14 @@ class Disk:
         Raises:
             OSError: neither worked; data that was synced is safe all the same.
         """
-        os.sync()
-        if self.workspace_mount is not None and self.workspace_mount.is_mount():
-            umount2(self.workspace_mount, MNT_DETACH)
+        write_back(self.directory)
+        if self.workspace_mount is not None:
+            try:
+                # Without a look at what is there: it may be a share, and that may not answer.
+                umount2(self.workspace_mount, MNT_DETACH)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOENT):  # nothing is
+                    raise
         if self.device is None or not self.is_mounted:
             return
         try:

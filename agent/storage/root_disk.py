@@ -20,6 +20,7 @@ from agent.linux.fifreeze import fifreeze
 from agent.linux.mount import MS_NOATIME, MS_RDONLY, MS_REMOUNT, mount, umount2
 from agent.storage import ext4
 from agent.storage.disk import prepare
+from agent.storage.write_back import write_back
 from protocol.errors import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class RootDisk:
         Raises:
             OSError: neither worked; data that was synced is safe all the same.
         """
+        write_back(self.directory)
         try:
             mount(None, self.directory, flags=MS_REMOUNT | MS_RDONLY)
         except OSError as error:

@@ -36,9 +36,9 @@ async def vm_client(vm: Machine) -> AsyncIterator[AgentClient]:
         yield client
 
 
-def empty_disk(directory: Path, mib: int = 1024) -> Path:
+def empty_disk(directory: Path, mib: int = 1024, name: str = "storage.img") -> Path:
     """A disk of nothing but zeros, which takes no space here."""
-    disk = directory / "storage.img"
+    disk = directory / name
     with disk.open("wb") as file:
         file.truncate(mib << 20)
     return disk
