@@ -1,9 +1,10 @@
 """How long a VM takes from QEMU's start until its agent listens, has answered, has everything up.
 
 The reference is the same image on the same machine, with busybox's shell in the place of init
-(``init=/bin/sh``): no Python, and nothing mounted after the root. Rounds are interleaved. Times
-count from the start of the QEMU process, as /proc has it (10 ms steps), so that boot.py's own start
-does not flatter the ratio.
+(``init=/bin/sh``): no Python, and nothing mounted after the root. That shell again, with a Python
+that imports the packages which the agent cannot answer without, and nothing of the agent, is the
+floor. Rounds are interleaved. Times count from the start of the QEMU process, as /proc has it (10
+ms steps), so that boot.py's own start does not flatter the ratio.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ MARKER = "a bare shell"
 # What the agent logs as it rings at its host's doorbell.
 UP = '"ready '
 BARE_SHELL = f'init=/bin/sh -- -c "echo {MARKER}; sleep 1000"'
+TO_ANSWER = "trio, attrs, cattrs, orjson, pybase64"
+BARE_IMPORTS = (
+    "init=/bin/sh -- -c \"PYTHONPATH=/usr/lib/innkeep python3 -S -c 'import gc; gc.disable(); "
+    f"import {TO_ANSWER}'; echo {MARKER}; sleep 1000\""
+)
 PING = encode_frame(encode(requests.Ping()))
 
 
@@ -64,9 +70,9 @@ def seconds_until(machine: Path, happened: Callable[[], bool]) -> float:
     return now - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def boot_to_shell(folder: Path) -> float:
-    """Seconds to the reference's marker on the console."""
-    with booting(folder, BARE_SHELL) as console:
+def boot_to_marker(folder: Path, words: str) -> float:
+    """Seconds to a reference's marker on the console; ``words`` are what the kernel is told."""
+    with booting(folder, words) as console:
         return seconds_until(
             console, lambda: console.exists() and MARKER in console.read_text(errors="replace")
         )
@@ -133,14 +139,17 @@ def _child_named(pid: int, name: str) -> int | None:
 
 def measure(rootfs: Path) -> None:
     """Print the medians."""
-    shell, starts = [], []
+    shell, imports, starts = [], [], []
     for _ in range(ROUNDS):
-        with tempfile.TemporaryDirectory() as folder:
-            shell.append(boot_to_shell(Path(folder)))
+        for references, words in ((shell, BARE_SHELL), (imports, BARE_IMPORTS)):
+            with tempfile.TemporaryDirectory() as folder:
+                references.append(boot_to_marker(Path(folder), words))
         with tempfile.TemporaryDirectory() as folder:
             starts.append(boot_to_agent(Path(folder)))
     bare = statistics.median(shell)
     print(f"bare busybox shell           {bare:7.2f} s")
+    floor = statistics.median(imports)
+    print(f"that, and packages imported  {floor:7.2f} s    {floor / bare:5.2f} times bare")
     names = ("listening", "first pong", "everything up")
     for name, times in zip(names, zip(*starts, strict=True), strict=True):
         median = statistics.median(times)
