@@ -70,7 +70,7 @@ def open_images(config: AgentConfig, shares: Shares) -> Images:
             share = PackedShare(partial(shares.mount_in_vm, wanted))
             packed = PackedImage(share, store, layers, claims, storage / "packed.json")
         overlays = Overlays(storage, layers, claims, share)
-        journal = Journal(storage / "uploads")
+        journal = Journal(storage / "uploads", otherwise=config.run_dir / "uploads")
     settings = RegistrySettings(
         insecure=config.insecure_registries,
         ca_files=config.registry_ca_files,

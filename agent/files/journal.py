@@ -8,6 +8,7 @@ ext4's does, has the note on the disk before the name, and removes it after the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -29,6 +30,9 @@ RESUME = ".innkeep-resume-"
 KEPT_S = 24 * 60 * 60
 """How long what arrived of a resumable upload is kept after it was left, and a note of what is not
 to be found."""
+
+# What is said by a file system that is full, or takes no writes any more.
+_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 @attrs.frozen
@@ -68,9 +72,12 @@ class Note:
 class Journal:
     """The notes in a directory, which is made. Blocks, as all of its methods; raises OSError."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, otherwise: Path | None = None) -> None:
+        """``otherwise`` is another journal's directory, for notes of the VM's own files that cannot
+        be made in this one: such a file need not be where there is no room, or a failing disk."""
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
+        self._otherwise = otherwise
         self._left_behind = {each.name: each for each in self.notes() if not each.is_resumable}
 
     def notes(self) -> list[Note]:
@@ -86,8 +93,13 @@ class Journal:
     def note(self, name: str, workload: str | None, directory: GuestPath) -> Note:
         """Make a note, before the file is made. One that is there already is taken."""
         link = self._directory / f"{name}@{workload or ''}"
-        with suppress(FileExistsError):
-            link.symlink_to(str(directory))
+        try:
+            _make(link, directory)
+        except OSError as error:
+            if workload is not None or self._otherwise is None or error.errno not in _NO_PLACE:
+                raise
+            link = self._otherwise / link.name
+            _make(link, directory)
         return Note(link, name, workload, directory)
 
     @contextmanager
@@ -137,6 +149,11 @@ class Journal:
         for note in notes:
             self._left_behind.pop(note.name, None)
             note.erase()
+
+
+def _make(link: Path, directory: GuestPath) -> None:
+    with suppress(FileExistsError):
+        link.symlink_to(str(directory))
 
 
 def _remove(root: GuestRoot, note: Note) -> bool:

@@ -172,6 +172,34 @@ def test_a_step_that_fails_leaves_the_old_file_and_nothing_else(agent: Agent, fa
     target.unlink()
 
 
+def test_without_a_storage_files_are_written_all_the_same_and_those_in_it_refused(
+    tmp_path: Path,
+) -> None:
+    """Nothing is where it should be kept, and what needs it is told so."""
+    place = tmp_path / "no-directory"
+    place.touch()
+    target = tmp_path / "file"
+    target.write_bytes(OLD)
+    with agent_alone(tmp_path / "agent", options=[f"--storage={place}"]) as machine:
+        notes = tmp_path / "agent" / "run" / "uploads"
+        with BlockingClient(machine.address) as client:
+            assert client.ask(requests.FileWrite(str(target), NEW)) == responses.Ok()
+            resumed = {"resume": True, "sha256": hashlib.sha256(OLD).hexdigest()}
+            begin = requests.FileWriteBegin(str(target), total_size=len(OLD), **resumed)
+            assert client.ask(begin) == responses.Ok({"offset": 0})
+            assert client.ask(requests.FileWriteChunk(OLD, done=False)) == responses.Ok()
+            client.ask(requests.Ping())
+            assert len(list(notes.iterdir())) == 1
+            assert client.ask(begin) == responses.Ok({"offset": len(OLD)})
+            assert client.ask(requests.FileWriteChunk(b"", done=True)) == responses.Ok()
+            assert (target.read_bytes(), list(notes.iterdir())) == (OLD, [])
+            refused = client.ask(requests.FileRead("/file", persistent_overlay_id="some"))
+        assert isinstance(refused, responses.Error)
+        assert refused.code == "FILE_IO_FAILED"
+        assert str(place) in refused.message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["agent", "file", "no-directory"]
+
+
 def test_without_nameless_files_uploads_are_hidden_and_noted(agent: Agent) -> None:
     """As on a virtiofs share, which has no O_TMPFILE."""
     target = agent.directory / "a" / "file"

@@ -79,6 +79,39 @@ async def test_a_large_file_goes_in_and_out_with_equal_digests_and_little_memory
     assert await client.request(requests.FileRemove(path)) == responses.Ok()
 
 
+@pytest.mark.parametrize("state", ["full", "read-only"])
+async def test_the_vms_own_files_are_written_whatever_its_storage_takes(
+    client: AgentClient, state: str
+) -> None:
+    # A link to a path of that length needs a block of its own: a full disk has none.
+    directory = f"/root/{'long' * 20}"
+    path, data = f"{directory}/file", bytes(range(256)) * 100
+    await write(client, path, b"old")
+    if state == "full":
+        # To the last block: in what is left at the end of the first file there may be room.
+        fill = "cat /dev/zero >/storage/filling{0} 2>/dev/null; sync -f /storage;"
+        free = "fallocate -l $(($(stat -f -c %a*%S /storage)-(4<<20))) /storage/filling;"
+        await shell(client, f"{free} {fill.format(1)} {fill.format(2)}")
+    else:
+        await shell(client, "mount -o remount,ro /storage")
+    try:
+        error = await refusal(client, requests.FileWrite("/workspace/file", data))
+        assert error.code == "FILE_IO_FAILED"
+        assert ("No space left" if state == "full" else "Read-only file system") in error.message
+        await write(client, path, data)
+        assert await read(client, path) == data
+        resumed = {"resume": True, "sha256": sha256(data[::-1])}
+        await begin(client, path, len(data), **resumed)
+        await send(client, data[::-1][:1000])
+        assert await client.request(requests.Ping()) is not None
+        assert await begin(client, path, len(data), **resumed) == {"offset": 1000}
+        await send(client, data[::-1][1000:], done=True)
+        assert await read(client, path) == data[::-1]
+        assert await shell(client, f"ls -A {directory}; ls /run/innkeep/uploads") == "file\n"
+    finally:
+        await shell(client, "mount -o remount,rw /storage; rm -f /storage/filling*")
+
+
 async def test_a_host_that_hangs_up_in_the_middle_of_a_file_leaves_nothing_open(
     machine: Machine, client: AgentClient
 ) -> None:

@@ -215,6 +215,76 @@ def test_a_read_only_root_says_so(small: Site, tmp_path: Path) -> None:
         refused(ErrorCode.FILE_IO_FAILED, "Read-only file system", small, path=path)
 
 
+@pytest.fixture(params=["full", "read-only"])
+def noted_elsewhere(request: pytest.FixtureRequest, site: Site, tmp_path: Path) -> Iterator[Site]:
+    """Files whose journal's file system takes no note, and another journal's directory."""
+    storage, otherwise = tmp_path / "storage", tmp_path / "otherwise"
+    storage.mkdir()
+    otherwise.mkdir()
+    is_full = request.param == "full"
+    mount(
+        "tmpfs",
+        storage,
+        fstype="tmpfs",
+        flags=0 if is_full else MS_RDONLY,
+        # The one that its root has.
+        data="nr_inodes=1" if is_full else None,
+    )
+    yield attrs.evolve(site, journal=Journal(storage, otherwise))
+    umount2(storage)
+
+
+def test_a_file_of_the_vm_is_replaced_whatever_the_storage_takes(
+    noted_elsewhere: Site, directory: Path, tmp_path: Path
+) -> None:
+    (directory / "file").write_bytes(OLD)
+    write(noted_elsewhere)
+    assert (directory / "file").read_bytes() == NEW
+    assert hidden(directory) == []
+    assert list((tmp_path / "otherwise").iterdir()) == []
+
+
+def test_and_one_that_is_resumed_is_known_to_the_other_journal(
+    noted_elsewhere: Site, directory: Path, tmp_path: Path
+) -> None:
+    with closing(resumable(noted_elsewhere)) as upload:
+        upload.write(NEW[:1000])
+    (name,) = hidden(directory)
+    (note,) = Journal(tmp_path / "otherwise").notes()
+    assert (note.name, note.is_resumable) == (name, True)
+    with closing(resumable(noted_elsewhere)) as upload:
+        assert upload.received == 1000
+        upload.write(NEW[1000:])
+        upload.finish()
+    assert (directory / "a" / "file").read_bytes() == NEW
+    assert hidden(directory) == []
+    assert list((tmp_path / "otherwise").iterdir()) == []
+
+
+def test_so_is_what_a_killed_agent_left_there(
+    noted_elsewhere: Site, directory: Path, tmp_path: Path
+) -> None:
+    where = os.open(directory, os.O_RDONLY)
+    os.close(Hidden.make(noted_elsewhere, where).file)
+    os.close(where)
+    assert len(hidden(directory)) == 1
+    successor = Journal(tmp_path / "otherwise")
+    successor.clean(noted_elsewhere.root, successor.left_behind(None))
+    assert hidden(directory) == []
+    assert list((tmp_path / "otherwise").iterdir()) == []
+
+
+def test_a_file_of_an_overlay_which_lies_there_too_is_refused(
+    noted_elsewhere: Site, directory: Path, tmp_path: Path
+) -> None:
+    (directory / "file").write_bytes(OLD)
+    overlays = attrs.evolve(noted_elsewhere, workload="some")
+    refused(ErrorCode.FILE_IO_FAILED, "No space left|Read-only file system", overlays)
+    assert (directory / "file").read_bytes() == OLD
+    assert hidden(directory) == []
+    assert list((tmp_path / "otherwise").iterdir()) == []
+
+
 def test_a_digest_is_told_where_it_is_asked_for(site: Site) -> None:
     assert write(site, digest=True) == Written(len(NEW), sha256(NEW))
     assert write(site) == Written(len(NEW), None)
@@ -357,6 +427,10 @@ def test_no_link_that_is_swapped_meanwhile_leads_a_file_out(
         stop.set()
         racer.join()
     assert list(outside.iterdir()) == []
+    # Whatever it led to at those moments.
+    (directory / "link").unlink()
+    (directory / "link").symlink_to("inside")
+    write(site, path="/link/file")
     assert (directory / "inside" / "file").read_bytes() == NEW
 
 
