@@ -17,7 +17,7 @@ from agent.images.content_store import StoredImage
 from agent.images.workload_id import InvalidWorkloadId, persistent_workload_id
 from agent.processes.command import Bind, ContainerCommand, check_words
 from agent.processes.running import Running
-from agent.processes.standing import StandingContainer
+from agent.processes.standing_container import StandingContainer
 from agent.services import Services
 from protocol import AgentResponse, requests
 from protocol.errors import ErrorCode

@@ -16,7 +16,7 @@ from agent.images.content_store import StoredImage
 from agent.images.workload_id import InvalidWorkloadId, persistent_workload_id
 from agent.processes.command import Bind, ContainerCommand
 from agent.processes.process import Stdio
-from agent.processes.standing import StandingContainer
+from agent.processes.standing_container import StandingContainer
 from agent.services import Services
 from agent.workload.keeper import Keeper, let
 from agent.workload.place import Group, Record, Started, Words

@@ -16,7 +16,8 @@ from agent.processes.collect import Collected
 from agent.processes.command import Bind, ContainerCommand
 from agent.processes.container import ContainerRuntime
 from agent.processes.service import open_processes
-from agent.processes.standing import StandingContainer, StandingContainers
+from agent.processes.standing import StandingContainers
+from agent.processes.standing_container import StandingContainer
 from protocol.errors import ErrorCode
 from tests.support.image_info import image_info
 from tests.support.lifelines import Lifeline, lifeline
