@@ -10,8 +10,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+import trio
 
 from initramfs import qemu
 from initramfs.architecture import ARCHITECTURES
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.timeout(300)
 
 SECOND = 10**9
 HOUR_S = 3600
+PAUSE_S = 5
 NOTICED = "the clock was set: clock stepped by 0.000 s"
 
 
@@ -74,8 +77,22 @@ async def test_the_clock_of_a_vm_that_was_paused_is_stepped_and_its_generator_re
     assert abs((await clocks_s(vm_client))[0] - time.time()) < 60
 
 
+# What stands for a host in a VM without vsock: a request each second.
+HOST = """
+import socket, time
+request = b'{"method":"storage_status"}'
+while True:
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.connect("/run/agent.sock")
+        agent.sendall(len(request).to_bytes(4, "big") + request)
+        assert agent.recv(4096)
+    time.sleep(1)
+"""
+
+
 class Snapshot:
-    """A VM without vsock, which vhost-device-vsock could not carry over, told by its console."""
+    """A VM without vsock, which vhost-device-vsock could not carry over, nor often enough over a
+    pause; told by its console, and with its host inside."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -90,7 +107,14 @@ class Snapshot:
             image=PROJECT / "build",
             memory_bytes=512 << 20,
             cpus=1,
-            words=boot_words("memory", listen="unix:/run/agent.sock", more=["innkeep.log=debug"]),
+            words=boot_words(
+                "memory",
+                listen="unix:/run/agent.sock",
+                more=[
+                    "innkeep.log=debug",
+                    f"innkeep.workload.command=python3,-I,-S,-c,{quote(HOST, safe='')}",
+                ],
+            ),
         )
         argv = qemu.command_line(hardware)
         at = next(n for n, word in enumerate(argv) if word.startswith("vhost-vsock-pci"))
@@ -107,6 +131,17 @@ class Snapshot:
             finally:
                 process.kill()
 
+    async def stand_still(self, name: str) -> float:
+        """Pause the VM, and have it go on; how many seconds it stood."""
+        async with monitor(self.directory / f"{name}.sock") as qmp:
+            await qmp.ask("stop")
+            begun_s = time.monotonic()
+            # No less, for an RTC has whole seconds only.
+            await trio.sleep(PAUSE_S)
+            stood_s = time.monotonic() - begun_s
+            await qmp.ask("cont")
+            return stood_s
+
     async def save(self, name: str) -> None:
         """Write all of the VM down, which stops."""
         async with monitor(self.directory / f"{name}.sock") as qmp:
@@ -117,11 +152,21 @@ class Snapshot:
                 pass
 
 
-async def test_a_copy_of_a_vm_is_noticed_by_its_generation_id_and_reseeds(tmp_path: Path) -> None:
+async def test_a_pause_is_noticed_by_the_rtc_and_a_copy_by_its_generation_id(
+    tmp_path: Path,
+) -> None:
     snapshot = Snapshot(tmp_path)
     news = "the VM has a new generation id"
     with snapshot.running("original") as console:
-        await until(lambda: "power buttons: 1" in console.read_text(), console, 120)
+        told = console.read_text
+        await until(lambda: "power buttons: 1" in told(), console, 120)
+        stood_s = await snapshot.stand_still("original")
+        await until(lambda: "after the pause: clock st" in told(), console, 120)
+        await until(lambda: told().endswith("\n"), console, 10)
+        stepped = re.search(r"after the pause: clock stepped by ([\d.]+) s by rtc", told())
+        assert stepped is not None, told()
+        # By a second or two more or less, and by what an emulated clock has missed beside.
+        assert stood_s - 1.5 < float(stepped[1]) < stood_s + 60
         await snapshot.save("original")
         assert news not in console.read_text()
     with snapshot.running("copy", "-incoming", f"exec:cat {snapshot.memory}") as console:
