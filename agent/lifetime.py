@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -115,6 +116,10 @@ async def _live(
 
                     nursery.start_soon(look_after, services)
                 await services.stopped.wait()
+                if config.in_image and os.getppid() == 1:
+                    # For init to end without us: a thread that waits for a share which does not
+                    # answer keeps us, and cannot be killed.
+                    os.kill(1, signal.SIGHUP)
                 nursery.cancel_scope.cancel()
         except AgentError as error:
             log.error("cannot go on: %s", error.message)
