@@ -6,10 +6,11 @@ import errno
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 from pathlib import Path
+
+from agent.linux.programs import path_of
 
 # The same tar makes the same image: no time of building, no random UUID.
 _OPTIONS = (
@@ -48,11 +49,9 @@ class MkfsErofs:
     def __init__(self, program: str, tar: Path, image: Path, memory_bytes: int) -> None:
         try:
             with tar.open("rb") as stdin:
-                # Given a path, subprocess takes posix_spawn(3). Its own vfork(2) asks for a lock of
-                # glibc's before it executes (sigaction(3) of SIGABRT), and were the agent killed
-                # while another thread has that, it would wait for ever, with all that we have open.
                 process = subprocess.Popen(
-                    [shutil.which(program, path=_PATH) or program, *_OPTIONS, os.fspath(image)],
+                    [program, *_OPTIONS, os.fspath(image)],
+                    executable=path_of(program, _PATH),
                     stdin=stdin,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,

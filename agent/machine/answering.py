@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 
 from agent.errors import cause_of
+from agent.linux.programs import path_of
 from protocol.values import MountCheck
 
 MOUNTINFO = Path("/proc/self/mountinfo")
@@ -74,6 +75,7 @@ def _ask(path: str) -> None:
     with such a thread could not even end. This one merely waits for the process."""
     subprocess.run(
         ["stat", "-f", path],
+        executable=path_of("stat"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -10,6 +10,7 @@ from pathlib import Path
 import attrs
 
 from agent.errors import cause_of
+from agent.linux.programs import path_of
 from protocol.constants import AGENT_VERSION, PROTOCOL_VERSION
 from protocol.machine import Versions
 
@@ -63,6 +64,7 @@ class KnownVersions:
             try:
                 said = subprocess.run(
                     [program, "--version"],
+                    executable=path_of(program),
                     stdin=subprocess.DEVNULL,
                     capture_output=True,
                     check=True,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from agent.errors import AgentError, failing_as
 from agent.linux.blkroget import blkroget
+from agent.linux.programs import path_of
 from protocol.errors import ErrorCode
 
 MIB = 1024 * 1024
@@ -29,6 +30,7 @@ def signature(device: str) -> str | None:
         os.close(os.open(device, os.O_RDONLY | os.O_CLOEXEC))
         probe = subprocess.run(
             ["blkid", "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", device],
+            executable=path_of("blkid"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=PROBE_LIMIT_S,

@@ -24,6 +24,7 @@ from agent.linux.mount import (
     mount,
     umount2,
 )
+from agent.linux.programs import path_of
 from agent.storage import ext4
 from agent.storage.device import is_read_only, refuse_unless_blank, signature
 from agent.storage.unfinished import is_marked
@@ -130,6 +131,7 @@ class Disk:
         try:
             subprocess.run(
                 ["fstrim", self.directory],
+                executable=path_of("fstrim"),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 check=True,

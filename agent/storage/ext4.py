@@ -14,6 +14,7 @@ from pathlib import Path
 import attrs
 
 from agent.errors import AgentError, cause_of, failing_as
+from agent.linux.programs import path_of
 from agent.storage import device as devices
 from agent.storage.unfinished import marked
 from protocol.errors import ErrorCode
@@ -21,8 +22,8 @@ from protocol.errors import ErrorCode
 log = logging.getLogger(__name__)
 
 MAKE_LIMIT_S = 120
-# That of the whole device, which would take the mark with it.
-_WITHOUT_DISCARD = ("-E", "nodiscard")
+# A discard of the whole device would take the mark with it.
+_MAKING = ("-q", "-t", "ext4", "-m", "0", "-E", "nodiscard", "-L", "innkeep")
 
 _AT = 1024
 _BYTES = 1024
@@ -77,11 +78,8 @@ def make(device: str) -> None:
     """
     with failing_as(ErrorCode.FORMAT_FAILED, f"format {device}"), marked(device):
         subprocess.run(
-            # A discard of the whole device would take the mark with it.
-            [
-                *("mke2fs", "-q", "-t", "ext4", "-m", "0", "-E", "nodiscard", "-L", "innkeep"),
-                device,
-            ],
+            ["mke2fs", *_MAKING, device],
+            executable=path_of("mke2fs"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=True,
@@ -113,6 +111,7 @@ def check(device: str) -> None:
             return
         checked = subprocess.run(
             ["e2fsck", "-p", device],
+            executable=path_of("e2fsck"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
         )
@@ -137,7 +136,11 @@ def grow(device: str) -> None:
         if there - before < _WORTH_GROWING_BYTES:
             return
         subprocess.run(
-            ["resize2fs", device], stdin=subprocess.DEVNULL, capture_output=True, check=True
+            ["resize2fs", device],
+            executable=path_of("resize2fs"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
         log.error("grow the file system on %s: %s", device, cause_of(error))

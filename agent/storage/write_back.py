@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from agent.errors import cause_of
+from agent.linux.programs import path_of
 from agent.linux.syncfs import syncfs
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def write_back_everything() -> None:
     """
     subprocess.run(
         ["sync"],
+        executable=path_of("sync"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
