@@ -48,6 +48,9 @@ def main() -> int:
     if (complaint := misspelt_flag(sys.argv[1:], flags)) is not None:
         parser.error(complaint)
     options = parser.parse_args()
+    # Of a lone `--` argparse makes [] before Python 3.13.
+    if any(word in ([], "--") for word in options.append):
+        parser.error("--append: `--` says nothing alone; write '--append=-- WORDS'")
     options.image = options.image.absolute()
     try:
         trio.run(_boot, options)

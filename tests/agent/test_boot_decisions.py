@@ -197,6 +197,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (["--machine=namespaces", "--hosts-dir=/nowhere"], "there is no such directory"),
         (["--host-dir", "/"], "unrecognized argument --host-dir (did you mean --hosts-dir?)"),
         (["--mem=1G"], "unrecognized argument --mem (did you mean --memory?)"),
+        (["--append=--"], "--append: `--` says nothing alone"),
         (["--share=/srv"], "'/srv' is no TAG=DIR, with a tag of at most 36 bytes"),
         (["--share=a/b=/srv"], "'a/b=/srv' is no TAG=DIR"),
         (["--share=" + 37 * "a" + "=/srv"], "aaa=/srv' is no TAG=DIR"),
