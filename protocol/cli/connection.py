@@ -94,7 +94,15 @@ def converse(
         async with client:
             return await conversation(client)
 
-    return trio.run(whole)
+    return run_interruptibly(whole)
+
+
+def run_interruptibly(whole: Callable[[], Awaitable[Result]]) -> Result:
+    """Run ``whole`` on trio; ^C raises KeyboardInterrupt where it waits.
+
+    Anywhere else it could come between two instructions of a library, which then complains.
+    """
+    return trio.run(whole, restrict_keyboard_interrupt_to_checkpoints=True)
 
 
 def ask(settings: Settings, request: requests.AgentRequest) -> responses.Ok:

@@ -15,7 +15,13 @@ from protocol.address import InvalidAddress
 from protocol.cli import execution
 from protocol.cli.arguments import CommandAfterOptions
 from protocol.cli.attach import write
-from protocol.cli.connection import CommandFailed, Settings, address_of, settings_of
+from protocol.cli.connection import (
+    CommandFailed,
+    Settings,
+    address_of,
+    run_interruptibly,
+    settings_of,
+)
 from protocol.client import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -239,7 +245,7 @@ def _converse(
         raise ConnectionFailed(f"{address}: no answer within {_AUTHENTICATE_WITHIN_S} s")
 
     try:
-        return trio.run(whole)
+        return run_interruptibly(whole)
     except InvalidAddress as error:
         raise CommandFailed(str(error), _USAGE) from error
     except (AuthenticationFailed, ConnectionFailed, ProtocolError) as error:
