@@ -20,22 +20,24 @@ BACKLOG = 512
 # until init has ended it. No event tells when an address is free.
 PATIENCE_S = 5.0
 PAUSE_S = 0.02
+# It lets go of all of them at once, and what else has a port of the workload's is not waited for.
+WORKLOAD_PATIENCE_S = 0.5
 
 # protocol.constants.Port, which takes too long to import here.
 WORKLOAD_PORTS = (5000, 5001)
 
 
-def bind(address: str) -> _socket.socket:
+def bind(address: str, patience_s: float = PATIENCE_S) -> _socket.socket:
     """A listening socket at ``unix:PATH`` or ``vsock:PORT`` (any CID of this machine).
 
-    A stale unix socket is replaced, a live one is not. An address that is taken is waited for, up
-    to PATIENCE_S.
+    A stale unix socket is replaced, a live one is not. An address that is taken is waited for, for
+    ``patience_s`` at most.
 
     Raises:
         ValueError: an address of another form.
         OSError: the address is taken, or the machine has no vsock.
     """
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + patience_s
     while True:
         try:
             return _bound(address)
@@ -73,7 +75,7 @@ def bind_workload(address: str) -> tuple[list[_socket.socket], list[str]]:
     for port in WORKLOAD_PORTS:
         beside = f"unix:{where}_{port}" if kind == "unix" else f"vsock:{port}"
         try:
-            listeners.append(bind(beside))
+            listeners.append(bind(beside, WORKLOAD_PATIENCE_S))
         except (OSError, ValueError) as error:
             # Nobody needs them whom the agent's own port would not serve.
             print(f"innkeep: listen on {beside}: {error}", file=sys.stderr)
